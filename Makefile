@@ -1,0 +1,41 @@
+# Any Python from 3.12 on will do: `make PYTHON=python3.13 install` picks another one.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-slow lint types clean
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(VENV)/bin/recycled demo --out demo_out
+
+test: $(STAMP)
+	$(RUN) pytest
+
+test-slow: $(STAMP)
+	$(RUN) pytest -m slow
+
+lint: $(STAMP)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(STAMP)
+	$(RUN) pyright
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_out .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is the last thing written, so an interrupted installation is taken up again. An environment that still
+# works is brought up to date in place; only one whose interpreter is gone or too old is replaced.
+# setuptools comes first and the build is not isolated, so that it too is the version that constraints.txt pins.
+$(STAMP): pyproject.toml constraints.txt .python-version
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || \
+	  { echo "recycled-jax needs Python 3.12 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
+	         "install one and name it: make PYTHON=python3.12 install" >&2; exit 1; }
+	$(PYTHON) -m venv $$($(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || echo --clear) $(VENV)
+	$(RUN) pip install --quiet --constraint constraints.txt setuptools
+	$(RUN) pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@

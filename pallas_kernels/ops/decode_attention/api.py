@@ -1,0 +1,94 @@
+"""Attention of one query step over a ragged cache."""
+
+from typing import Literal, overload
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.checks import check_group_reduction, check_heads, check_shape, check_values
+from pallas_kernels.ops.decode_attention import reference, xla
+
+IMPLEMENTATIONS = {
+    "reference": reference.decode_attention,
+    "xla": xla.decode_attention,
+}
+
+
+@overload
+def decode_attention(
+    q: Float[Array, "batch query_heads head_dim"],
+    k: Float[Array, "batch kv_heads tokens head_dim"],
+    v: Float[Array, "batch kv_heads tokens head_dim"],
+    lengths: Int[Array, " batch"],
+    *,
+    scale: float | None = None,
+    return_scores: Literal[False] = False,
+    group_reduction: str = "max",
+    implementation: str | None = None,
+) -> Float[Array, "batch query_heads head_dim"]: ...
+
+
+@overload
+def decode_attention(
+    q: Float[Array, "batch query_heads head_dim"],
+    k: Float[Array, "batch kv_heads tokens head_dim"],
+    v: Float[Array, "batch kv_heads tokens head_dim"],
+    lengths: Int[Array, " batch"],
+    *,
+    scale: float | None = None,
+    return_scores: Literal[True],
+    group_reduction: str = "max",
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads tokens"]]: ...
+
+
+def decode_attention(
+    q: Float[Array, "batch query_heads head_dim"],
+    k: Float[Array, "batch kv_heads tokens head_dim"],
+    v: Float[Array, "batch kv_heads tokens head_dim"],
+    lengths: Int[Array, " batch"],
+    *,
+    scale: float | None = None,
+    return_scores: bool = False,
+    group_reduction: str = "max",
+    implementation: str | None = None,
+) -> (
+    Float[Array, "batch query_heads head_dim"]
+    | tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads tokens"]]
+):
+    """Attend the first `lengths[b]` slots of row b's cache; on request, say how much each was attended.
+
+    Args:
+        q: the query of the present step.
+        k, v: the full cache. Slots at `lengths` and beyond are padding: their keys may hold anything, their
+            values must be finite (they are multiplied by zero).
+        lengths: slots in use per row, 0 to tokens, the present token included.
+        scale: factor on the logits; `head_dim ** -0.5` if None.
+        return_scores: also return the scores, at the cost of no further read of the cache.
+        group_reduction: `"max"`, `"mean"` or `"sum"` of the probabilities over the query heads of a kv head.
+        implementation: see the package.
+
+    Returns:
+        The output in the dtype of q, zeros for a row of length 0. With `return_scores`, a pair of it and
+        `token_scores(q, k, lengths)`.
+
+    Raises:
+        ValueError: shapes do not fit, `lengths` out of range, unknown `group_reduction` or `implementation`.
+    """
+    check_heads(q, k, v, q_rank=3)
+    check_shape("lengths", lengths, q.shape[:1], "the batch of q")
+    check_values("lengths", lengths, 0, k.shape[2])
+    check_group_reduction(group_reduction)
+    out, scores = dispatch.run(
+        "decode_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        q,
+        k,
+        v,
+        lengths,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        return_scores=return_scores,
+        group_reduction=group_reduction,
+    )
+    return (out, scores) if return_scores else out

@@ -1,0 +1,22 @@
+"""decode_attention in XLA: two batched products that read k and v once each, as they are stored."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.ops.one_query import reduce_group, softmax_weights, weighted_values
+
+
+def decode_attention(
+    q: Float[Array, "batch query_heads head_dim"],
+    k: Float[Array, "batch kv_heads tokens head_dim"],
+    v: Float[Array, "batch kv_heads tokens head_dim"],
+    lengths: Int[Array, " batch"],
+    *,
+    scale: float,
+    return_scores: bool,
+    group_reduction: str,
+) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads tokens"] | None]:
+    visible = jnp.arange(k.shape[2])[None, None, :] < lengths[:, None, None]
+    weights, total = softmax_weights(q, k, visible, scale)
+    out = weighted_values(weights, total, v).astype(q.dtype)
+    return out, reduce_group(weights / total, group_reduction) if return_scores else None

@@ -1,0 +1,47 @@
+"""Attention of one query step straight over a selection of the cache."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.checks import check_heads, check_positions
+from pallas_kernels.ops.gather_attention import reference, xla
+
+IMPLEMENTATIONS = {
+    "reference": reference.gather_attention,
+    "xla": xla.gather_attention,
+}
+
+
+def gather_attention(
+    q: Float[Array, "batch query_heads head_dim"],
+    k: Float[Array, "batch kv_heads tokens head_dim"],
+    v: Float[Array, "batch kv_heads tokens head_dim"],
+    positions: Int[Array, "batch kv_heads budget"],
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "batch query_heads head_dim"]:
+    """Attend the slots at `positions`, as `gather_selection` and then `selection_attention` would.
+
+    For a selection that is used once; one that lives for several steps is better gathered into a compact
+    buffer.
+
+    Args:
+        q: the query of the present step.
+        k, v: the full cache; slots that are not selected may hold any key and any finite value.
+        positions: slots to attend, per kv head, in any order; -1 is an empty entry. A slot named twice counts
+            twice.
+        scale: factor on the logits; `head_dim ** -0.5` if None.
+        implementation: see the package.
+
+    Returns:
+        The output in the dtype of q; zeros for the query heads of a kv head whose entries are all empty.
+
+    Raises:
+        ValueError: shapes do not fit, a position out of range (seen outside a trace only), unknown
+            `implementation`.
+    """
+    check_heads(q, k, v, q_rank=3)
+    check_positions(positions, k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return dispatch.run("gather_attention", IMPLEMENTATIONS, implementation, q, k, v, positions, scale=scale)

@@ -1,0 +1,43 @@
+"""One query per head over keys and values: what attention over a cache and over a selection share in XLA."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def softmax_weights(
+    q: Float[Array, "batch query_heads head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"],
+    visible: Bool[Array, "batch #kv_heads slots"],
+    scale: float,
+) -> tuple[Float[Array, "batch kv_heads group slots"], Float[Array, "batch kv_heads group 1"]]:
+    """Softmax before its division, float32: exp(logit - largest logit), 0 if not visible; and their sum."""
+    batch, kv_heads, _, head_dim = k.shape
+    # q takes the dtype of k, never the reverse: casting k would write a copy of the cache.
+    grouped = q.astype(k.dtype).reshape(batch, kv_heads, -1, head_dim)
+    # Measured on CPU (2 cores, 2 to 8 kv heads, group 1 to 4): this order of the batched product is the
+    # fastest or within noise of it; keys first is up to 4 times slower, multiply and reduce 1.7 times,
+    # dot_product_attention 3 times.
+    logits = scale * jnp.einsum("bngd,bntd->bngt", grouped, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(visible[:, :, None, :], logits, -jnp.inf)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # The largest of nothing is -inf, and -inf - -inf would be NaN; exp(-inf - lowest finite) is 0.
+    weights = jnp.exp(logits - jnp.maximum(largest, jnp.finfo(jnp.float32).min))
+    # The largest weight is 1, so a sum below 1 is the 0 of a query that sees nothing: 0 / 1 gives its zeros.
+    return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1.0)
+
+
+def weighted_values(
+    weights: Float[Array, "batch kv_heads group slots"],
+    total: Float[Array, "batch kv_heads group 1"],
+    v: Float[Array, "batch kv_heads slots head_dim"],
+) -> Float[Array, "batch query_heads head_dim"]:
+    """sum(weights v) / total, float32. The weights are rounded to the dtype of v, which is read as stored."""
+    sums = jnp.einsum("bngt,bntd->bngd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (sums / total).reshape(v.shape[0], -1, v.shape[-1])
+
+
+def reduce_group(
+    probabilities: Float[Array, "batch kv_heads group slots"], group_reduction: str
+) -> Float[Array, "batch kv_heads slots"]:
+    """Probabilities of a kv head's query heads as one score per slot: their max, mean or sum."""
+    return getattr(jnp, group_reduction)(probabilities, axis=2)

@@ -1,0 +1,52 @@
+"""Attention of a chunk of a prompt over everything up to it in the cache."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.checks import check_heads, check_values
+from pallas_kernels.ops.prefill_attention import reference, xla
+
+IMPLEMENTATIONS = {
+    "reference": reference.prefill_attention,
+    "xla": xla.prefill_attention,
+}
+
+
+def prefill_attention(
+    q: Float[Array, "batch query_heads chunk head_dim"],
+    k: Float[Array, "batch kv_heads tokens head_dim"],
+    v: Float[Array, "batch kv_heads tokens head_dim"],
+    start: int | Int[Array, ""],
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "batch query_heads chunk head_dim"]:
+    """Causal attention of the queries that stand at slots `start` to `start + chunk - 1`; forward only.
+
+    The chunk's own keys and values are already in the cache. Query row c sees slots 0 to `start + c`, so work
+    grows with `start + chunk`, not with the size of the cache. Memory beside the arguments: a few blocks of
+    `chunk` x 512 logits per query head in `xla`, the whole `chunk` x tokens in `reference`.
+
+    Args:
+        q: the queries of the chunk.
+        k, v: the full cache; slots from `start + chunk` on may hold any key and any finite value.
+        start: slot of the first query, 0 to tokens - chunk, the same for all rows; may be traced.
+        scale: factor on the logits; `head_dim ** -0.5` if None.
+        implementation: see the package.
+
+    Returns:
+        The output, in shape and dtype like q.
+
+    Raises:
+        ValueError: shapes do not fit, `start` out of range (seen outside a trace only), unknown
+            `implementation`.
+    """
+    check_heads(q, k, v, q_rank=4)
+    chunk, tokens = q.shape[2], k.shape[2]
+    if chunk > tokens:
+        raise ValueError(
+            f"q has {chunk} tokens and k has {tokens} slots; expected a chunk that fits in the cache"
+        )
+    check_values("start", start, 0, tokens - chunk)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return dispatch.run("prefill_attention", IMPLEMENTATIONS, implementation, q, k, v, start, scale=scale)

@@ -1,0 +1,27 @@
+"""token_scores from the formula, in float32: a softmax per query head, then the reduction."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def token_scores(
+    q: Float[Array, "batch query_heads head_dim"],
+    k: Float[Array, "batch kv_heads tokens head_dim"],
+    lengths: Int[Array, " batch"],
+    *,
+    scale: float,
+    group_reduction: str,
+) -> Float[Array, "batch kv_heads tokens"]:
+    group = q.shape[1] // k.shape[1]
+    visible = jnp.arange(k.shape[2])[None, :] < lengths[:, None]
+    reduce = {"max": jnp.max, "mean": jnp.mean, "sum": jnp.sum}[group_reduction]
+    heads = []
+    for head in range(k.shape[1]):
+        probabilities = []
+        for query_head in range(head * group, (head + 1) * group):
+            products = q[:, query_head, None, :].astype(jnp.float32) * k[:, head].astype(jnp.float32)
+            logits = jnp.where(visible, scale * jnp.sum(products, axis=-1), jnp.finfo(jnp.float32).min)
+            probabilities.append(jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0.0))
+        heads.append(reduce(jnp.stack(probabilities), axis=0))
+    return jnp.stack(heads, axis=1)

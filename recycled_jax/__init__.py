@@ -1,0 +1,1 @@
+"""Long-context decoding with recycled selections, in JAX."""

@@ -1,0 +1,76 @@
+"""The console command `recycled`: finds the command, reads its flags, turns bad input into one sentence.
+
+Exit status: 0 done; 2 bad input, with one line on standard error; 130 interrupted. Anything else is a bug and traces back.
+"""
+
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from jsonargparse import ArgumentParser
+
+from recycled_jax.flags import nearest, parse
+
+# A command is the function of its name in the module of its name under `commands`, imported only when it is asked for.
+COMMANDS = {
+    "demo": "Hide facts in a long text, ask for them, and compare policies on the embedded model.",
+    "generate": "Continue one prompt on the terminal, or many from a JSONL file.",
+    "convert": "Convert a checkpoint, Hugging Face to orbax or back.",
+    "policies": "List the policies and their knobs.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: the process's) and returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt as interrupt:
+        print(f"recycled: {interrupt or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader has gone, as in `recycled policies | head`; the interpreter must not write to the pipe again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ArgumentError, OSError, ValueError) as error:
+        print(f"recycled: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: Sequence[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name not in COMMANDS:
+        try:
+            _overview(arguments[:1] or ["--help"])
+        except SystemExit as done:  # after --help and --version
+            return int(done.code or 0)
+    function = getattr(import_module(f"recycled_jax.commands.{name}"), name)
+    try:
+        values = parse(function, arguments[1:], prog=f"recycled {name}")
+    except SystemExit as done:
+        return int(done.code or 0)
+    function(**values)
+    return 0
+
+
+def _overview(arguments: Sequence[str]) -> None:
+    """Prints help or version and exits; raises ValueError for anything else."""
+    parser = ArgumentParser(prog="recycled", version=version("recycled-jax"), exit_on_error=False, allow_abbrev=False)
+    commands = parser.add_subcommands()
+    for command, text in COMMANDS.items():
+        commands.add_subcommand(command, ArgumentParser(), help=text)
+    valid = ["-h", "--help", "--version", *COMMANDS]
+    if arguments[0] not in valid:
+        kind = "flag" if arguments[0].startswith("-") else "command"
+        raise ValueError(f"{arguments[0]!r} is not a {kind} of recycled; {nearest(arguments[0], valid)}")
+    parser.parse_args(arguments)
+
+
+def _sentence(error: Exception) -> str:
+    """An error on one line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

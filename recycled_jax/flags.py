@@ -1,0 +1,182 @@
+"""Command lines made from functions: names, types, defaults and help of the flags come from signature and docstring.
+
+A keyword-only parameter `max_new_tokens: int = 128` is the flag `--max-new-tokens` and the YAML key `max_new_tokens`;
+the other parameters are positional arguments. A parameter of type `PolicyChoice` is `--policy NAME` with one
+`--policy.KNOB` for each knob of that policy, in YAML `policy: {name: recycled, k: 4096}`.
+Values come from defaults < `--config FILE.yaml` < flags.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import docstring_parser
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser
+
+POLICY = "policy"
+DEFAULT_POLICY = "recycled"
+
+
+@dataclass(frozen=True)
+class PolicyChoice:
+    """A policy by its registered name, with the knobs that are not at their defaults, or all of them."""
+
+    name: str = DEFAULT_POLICY
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(function: Callable, arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
+    """The keyword arguments for `function` that a command line gives.
+
+    Raises ValueError naming the nearest valid flag, YAML key, policy or knob for one that does not exist,
+    `argparse.ArgumentError` for a value of the wrong type, OSError for a config that cannot be read. Prints help and
+    exits when asked to.
+    """
+    arguments = [_spelled(argument) for argument in arguments]
+    configs = {path: _read_yaml(path) for path in _values(arguments, "--config")}
+    parser = ArgumentParser(prog=prog, description=_description(function), exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with values for the flags below")
+    flags = {"help": "--help", "config": "--config", "print_config": "--print_config"}
+    flags |= _add_flags(parser, function)
+    hints = get_type_hints(function)
+    if has_policy := hints.get(POLICY) is PolicyChoice:
+        flags |= _add_policy_flags(parser, _policy_name(arguments, configs))
+    _check(arguments, configs, flags)
+    values = parser.parse_args(arguments).as_dict()
+    if has_policy:
+        knobs = values.pop(POLICY)
+        values[POLICY] = PolicyChoice(knobs.pop("name"), knobs)
+    return {name: value for name, value in values.items() if name in hints}
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The end of a sentence about an unknown `name`: what it may have meant, or what there is."""
+    valid = list(valid)
+    close = get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(valid)}"
+
+
+def describe_type(hint: Any) -> str:
+    """A type as a user reads it: `int`, `full | selection`, `float or none`."""
+    if getattr(hint, "__args__", None) is None:
+        return hint.__name__
+    parts = [part if isinstance(part, str) else describe_type(part) for part in hint.__args__]
+    return " | ".join("none" if part == "NoneType" else part for part in parts)
+
+
+def knobs_of(name: str) -> dict[str, tuple[Any, Any]]:
+    """Type and default of each knob of a policy. Raises ValueError for an unknown name, with the nearest valid one."""
+    from recycled_jax.policies import POLICIES, make_policy  # imports jax, which `recycled --help` need not wait for
+
+    if name not in POLICIES:
+        make_policy(name)  # says what is wrong
+    hints = get_type_hints(POLICIES[name])
+    parameters = inspect.signature(POLICIES[name]).parameters
+    return {knob: (hints[knob], parameter.default) for knob, parameter in parameters.items()}
+
+
+def _add_flags(parser: ArgumentParser, function: Callable) -> dict[str, str]:
+    hints = get_type_hints(function)
+    docs = {param.arg_name: param.description for param in docstring_parser.parse(inspect.getdoc(function) or "").params}
+    flags = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if hints[name] is PolicyChoice:
+            continue
+        settings: dict[str, Any] = {"help": re.sub(r"\s+", " ", docs.get(name) or "")}
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            parser.add_argument(name, type=hints[name], **settings)
+            continue
+        flags[name] = f"--{name.replace('_', '-')}"
+        if parameter.default is parameter.empty:
+            settings["required"] = True
+        else:
+            settings["default"] = parameter.default
+        if hints[name] is bool:
+            parser.add_argument(flags[name], action=ActionYesNo(yes_prefix="", no_prefix="no-"), **settings)
+            flags[f"no-{name}"] = f"--no-{name.replace('_', '-')}"
+        else:
+            parser.add_argument(flags[name], type=hints[name], **settings)
+    return flags
+
+
+def _add_policy_flags(parser: ArgumentParser, name: str) -> dict[str, str]:
+    knobs = knobs_of(name)
+    parser.add_argument(
+        f"--{POLICY}.name", type=str, default=name, help="Policy to decode with, `--policy NAME` for short; the flags "
+        "below are its knobs. `recycled policies` lists them all."
+    )  # fmt: skip
+    flags = {f"{POLICY}.name": f"--{POLICY}.name"}
+    for knob, (hint, default) in knobs.items():
+        flags[f"{POLICY}.{knob}"] = f"--{POLICY}.{knob.replace('_', '-')}"
+        parser.add_argument(flags[f"{POLICY}.{knob}"], type=hint, default=default, help=f"Knob of {name!r}")
+    return flags
+
+
+def _check(arguments: Sequence[str], configs: dict[str, dict], flags: dict[str, str]) -> None:
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if argument == "--":
+            break
+        if flag.startswith("--") and flag not in flags.values():
+            raise ValueError(f"{flag} is not a flag of this command; {nearest(flag, flags.values())}")
+    keys = [key for key, flag in flags.items() if flag not in ("--help", "--config", "--print_config")]
+    for path, config in configs.items():
+        for key in _flatten(config):
+            if key not in keys:
+                raise ValueError(f"{path} has the key {key!r}, which this command does not know; {nearest(key, keys)}")
+
+
+def _policy_name(arguments: Sequence[str], configs: dict[str, dict]) -> str:
+    name = DEFAULT_POLICY
+    for path, config in configs.items():
+        if POLICY in config:
+            if not isinstance(config[POLICY], dict):
+                raise ValueError(f"{path} has policy: {config[POLICY]!r}, expected a mapping like {{name: recycled, k: 256}}")
+            name = config[POLICY].get("name", name)
+    return next(reversed(_values(arguments, f"--{POLICY}.name")), str(name))
+
+
+def _spelled(argument: str) -> str:
+    """A flag in its one spelling: dashes for underscores, `--policy` for `--policy.name`."""
+    flag, equals, value = argument.partition("=")
+    if not flag.startswith("--") or flag == "--print_config":
+        return argument
+    flag = flag.replace("_", "-")
+    return (f"--{POLICY}.name" if flag == f"--{POLICY}" else flag) + equals + value
+
+
+def _values(arguments: Sequence[str], flag: str) -> list[str]:
+    """Every value given to `flag`, in order."""
+    following = [after for given, after in zip(arguments, arguments[1:], strict=False) if given == flag]
+    joined = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")]
+    return following + joined
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config={path!r} is not YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config={path!r} is not UTF-8 text: byte {error.start} is invalid") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config={path!r} holds a {type(content).__name__}, expected a mapping of flags to values")
+    return content
+
+
+def _flatten(config: dict, prefix: str = "") -> Iterable[str]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _description(function: Callable) -> str:
+    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
+    return "\n\n".join(filter(None, (parsed.short_description, parsed.long_description)))

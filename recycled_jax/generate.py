@@ -1,0 +1,299 @@
+"""Generation: many decode steps inside one compiled program, for ragged batches of prompts."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from recycled_jax.decode import Params, decode_step, prefill
+from recycled_jax.model import Llama
+from recycled_jax.policies import FixedStride, Policy
+from recycled_jax.recycling import LayerTrace
+from recycled_jax.sampling import Sampling, sample
+from recycled_jax.state import DecodeState
+from recycled_jax.telemetry import Telemetry
+
+# `cond`: every step asks the schedule. `nested`: for a fixed stride, S - 1 recycled steps and a refresh as loops, with
+# no conditional in the program. Both give the same tokens and the same state.
+Loop = Literal["cond", "nested"]
+_ALIGNMENT = 128  # slots; capacities are multiples of it, as TPU tiles want
+
+
+@struct.dataclass
+class LoopState:
+    """Between two decode steps: `token` is the next to go in, rows that are not `active` have stopped."""
+
+    decode: DecodeState
+    token: Int[Array, " batch"]
+    active: Bool[Array, " batch"]
+    key: jax.Array
+
+
+class Block(NamedTuple):
+    """What a block of steps gave; row b's entries count from `lengths` before the block to `lengths` after it."""
+
+    tokens: Int[Array, "steps batch"]
+    log_probs: Float[Array, "steps batch"]
+    trace: LayerTrace  # [steps, layers, batch]
+    steps: Int[Array, " batch"]  # steps in which the row was active
+
+
+@dataclass(frozen=True)
+class Generation:
+    """`tokens` are the generated ids of each row, the end-of-sequence id included where it stopped the row (`stop`:
+    `eos` or `limit`); `log_probs` are theirs under the model. Seconds are wall clock; the first call with new shapes
+    compiles within them."""
+
+    tokens: list[list[int]]
+    log_probs: list[list[float]]
+    stop: list[str]
+    telemetry: Telemetry
+    prefill_seconds: float
+    decode_seconds: float
+
+
+def generate(
+    model: Llama,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    policy: Policy,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    capacity: int | None = None,
+    chunk: int = 512,
+    loop: Loop = "cond",
+    seed: int = 0,
+    coverage: bool = False,
+    block: int = 64,
+    implementation: str | None = None,
+    on_block: Callable[[list[list[int]]], None] | None = None,
+) -> Generation:
+    """Continues every prompt by up to `max_new_tokens` tokens, until one of the model's end-of-sequence ids.
+
+    `prompts` are token ids, special tokens included. `capacity` is the number of cache slots per row (default: what
+    prompt and answer need). Prefill takes `chunk` tokens at a time. `block` decode steps run on the device between
+    two looks of the host; after each, `on_block` gets the tokens every row has gained. `coverage` records the
+    attention mass on the selections, which reads all keys: not for timing. Greedy unless `sampling` says otherwise.
+
+    Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt that does not fit, and `nested` with
+    a schedule other than a fixed stride.
+    """
+    sampling = Sampling() if sampling is None else sampling
+    tokens, lengths = _pad(prompts, model.config.vocab, chunk)
+    needed = int(lengths.max()) + max_new_tokens
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if capacity is None:
+        capacity = -(-max(tokens.shape[1], needed) // _ALIGNMENT) * _ALIGNMENT
+    elif capacity < needed:
+        raise ValueError(
+            f"capacity={capacity} is too small for a prompt of {lengths.max()} tokens and max_new_tokens="
+            f"{max_new_tokens}: {needed} slots are needed"
+        )
+    capacity = max(capacity, tokens.shape[1])
+    stride = _nested_stride(policy) if loop == "nested" else None
+    if stride is not None:
+        block = -(-block // stride) * stride  # a block starts at phase 0
+
+    started = time.perf_counter()
+    state, first = _start(
+        model,
+        params,
+        tokens,
+        lengths,
+        jax.random.key(seed),
+        policy=policy,
+        sampling=sampling,
+        capacity=capacity,
+        chunk=chunk,
+        implementation=implementation,
+    )
+    first_token, first_log_prob = jax.device_get(first)
+    prefilled = time.perf_counter()
+    outputs = [[int(token)] for token in first_token]
+    log_probs = [[float(log_prob)] for log_prob in first_log_prob]
+    if on_block is not None:
+        on_block([list(row) for row in outputs])
+    blocks: list[Block] = []
+    remaining = max_new_tokens - 1
+    while remaining > 0 and bool(jnp.any(state.active)):
+        state, device_block = _run_block(
+            model,
+            params,
+            state,
+            jnp.int32(min(block, remaining)),
+            policy=policy,
+            sampling=sampling,
+            steps=block,
+            stride=stride,
+            coverage=coverage,
+            implementation=implementation,
+        )
+        remaining -= block
+        done: Block = jax.device_get(device_block)
+        blocks.append(done)
+        gained = [done.tokens[: done.steps[row], row].tolist() for row in range(len(outputs))]
+        for row, new in enumerate(gained):
+            outputs[row] += new
+            log_probs[row] += done.log_probs[: done.steps[row], row].tolist()
+        if on_block is not None:
+            on_block(gained)
+    jax.block_until_ready(state)
+    decoded = time.perf_counter()
+    return Generation(
+        outputs,
+        log_probs,
+        ["eos" if row[-1] in model.config.eos_ids else "limit" for row in outputs],
+        _telemetry(model, policy, state.decode, lengths, blocks),
+        prefilled - started,
+        decoded - prefilled,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "policy", "sampling", "capacity", "chunk", "implementation")
+)
+def _start(model, params, tokens, lengths, key, *, policy, sampling, capacity, chunk, implementation):
+    """Prefill and the first token, which comes from the prefill's logits."""
+    logits, decode = prefill(
+        model,
+        params,
+        tokens,
+        lengths,
+        policy=policy,
+        capacity=capacity,
+        chunk=chunk,
+        implementation=implementation,
+    )
+    token, log_prob = sample(sampling, logits, jax.random.fold_in(key, 0))
+    return LoopState(decode, token, ~_is_eos(model, token), key), (token, log_prob)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "policy", "sampling", "steps", "stride", "coverage", "implementation"),
+    donate_argnames=("state",),
+)
+def _run_block(
+    model: Llama,
+    params: Params,
+    state: LoopState,
+    limit: Int[Array, ""],
+    *,
+    policy: Policy,
+    sampling: Sampling,
+    steps: int,
+    stride: int | None,
+    coverage: bool,
+    implementation: str | None,
+) -> tuple[LoopState, Block]:
+    """Up to `limit` steps (at most `steps`, the size of the buffers), fewer when all rows stop; nested loops when a
+    `stride` is given."""
+
+    def one_step(done, carry, kind):
+        state, block = carry
+        running = state.active & (done < limit)
+        logits, decode, trace = decode_step(
+            model,
+            params,
+            state.decode,
+            state.token,
+            policy=policy,
+            active=running,
+            kind=kind,
+            coverage=coverage,
+            implementation=implementation,
+        )
+        # keyed by the step and not by how often the loop ran, so that both loops draw alike
+        token, log_prob = sample(sampling, logits, jax.random.fold_in(state.key, decode.step))
+        token = jnp.where(running, token, state.token)
+        block = Block(
+            block.tokens.at[done].set(token),
+            block.log_probs.at[done].set(log_prob),
+            jax.tree.map(lambda buffer, value: buffer.at[done].set(value), block.trace, trace),
+            block.steps + running,
+        )
+        active = state.active & ~(running & _is_eos(model, token))
+        return LoopState(decode, token, active, state.key), block
+
+    def scheduled(carry):
+        done, state, block = carry
+        return done + 1, *one_step(done, (state, block), "scheduled")
+
+    def cycle(carry):
+        done, state, block = carry
+        state, block = lax.fori_loop(
+            0, stride - 1, lambda i, inner: one_step(done + i, inner, "recycled"), (state, block)
+        )
+        return done + stride, *one_step(done + stride - 1, (state, block), "refresh")
+
+    def unfinished(carry):
+        done, state, _ = carry
+        return (done < limit) & jnp.any(state.active)
+
+    carry = (jnp.int32(0), state, _empty_block(model, steps, state.token.shape[0]))
+    _, state, block = lax.while_loop(unfinished, scheduled if stride is None else cycle, carry)
+    return state, block
+
+
+def _empty_block(model: Llama, steps: int, batch: int) -> Block:
+    layers = (steps, model.config.layers, batch)
+    no, nothing = jnp.zeros(layers, bool), jnp.full(layers, jnp.nan)
+    return Block(
+        jnp.zeros((steps, batch), jnp.int32),
+        jnp.zeros((steps, batch)),
+        LayerTrace(no, no, nothing, nothing, nothing),
+        jnp.zeros(batch, jnp.int32),
+    )
+
+
+def _is_eos(model: Llama, token: Int[Array, " batch"]) -> Bool[Array, " batch"]:
+    return jnp.isin(token, jnp.array(model.config.eos_ids, jnp.int32))
+
+
+def _nested_stride(policy: Policy) -> int:
+    schedule = None if policy.recycling is None else policy.recycling.schedule
+    if not isinstance(schedule, FixedStride):
+        raise ValueError(f"loop='nested' needs a policy with a fixed stride, {policy.name!r} has none")
+    return schedule.stride
+
+
+def _pad(
+    prompts: Sequence[Sequence[int]], vocab: int, chunk: int
+) -> tuple[Int[np.ndarray, "batch tokens"], Int[np.ndarray, " batch"]]:
+    if not prompts:
+        raise ValueError("prompts is empty, expected at least one prompt")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompts[{row}] is empty, expected at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise ValueError(f"prompts[{row}] holds token id {max(prompt)}, expected ids from 0 to {vocab - 1}")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), -(-int(lengths.max()) // chunk) * chunk), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens, lengths
+
+
+def _telemetry(
+    model: Llama, policy: Policy, state: DecodeState, lengths: Int[np.ndarray, " batch"], blocks: list[Block]
+) -> Telemetry:
+    steps = sum((block.steps for block in blocks), np.zeros(len(lengths), np.int32))
+    traces = [jax.tree.map(lambda x, n=block.steps.max(): x[:n], block.trace) for block in blocks]
+    if traces:
+        trace = jax.tree.map(lambda *parts: np.concatenate(parts), *traces)
+    else:
+        nothing = np.zeros((0, model.config.layers, len(lengths)))
+        trace = LayerTrace(nothing.astype(bool), nothing.astype(bool), nothing, nothing, nothing)
+    return Telemetry(
+        model.config, policy, state.cache.k.dtype.itemsize, np.asarray(lengths), steps, **trace._asdict()
+    )

@@ -1,0 +1,143 @@
+"""The Llama-family decoder: linen holds the parameters, pure functions hold the mathematics.
+
+`Llama` runs whole sequences (training, scoring). Decoding (`decode`) calls the same functions on one layer's weights
+at a time and brings its own attention, so a block is written once: `attention_inputs` → attention →
+`attention_output` → `mlp`.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+from pallas_kernels import causal_attention
+
+from recycled_jax import rope
+from recycled_jax.config import LlamaConfig
+from recycled_jax.weights import layer_weights, model_weights
+
+LayerWeights = Mapping[str, Array]
+
+
+class Llama(nn.Module):
+    """A Llama 2/3/3.1/3.2, Mistral, Qwen2 or Qwen3 decoder.
+
+    `model.apply(params, tokens)` with tokens int32 `[batch, tokens]` gives float32 logits `[batch, tokens, vocab]`.
+    Activations are `dtype`, parameters are created as `param_dtype`; norms, rotary angles and softmax sums are float32.
+    `remat` recomputes each block in the backward pass instead of keeping its activations.
+    """
+
+    config: LlamaConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        positions: Int[Array, "#batch tokens"] | None = None,
+    ) -> Float[Array, "batch tokens vocab"]:
+        """Logits of every next token. `positions` default to 0, 1, 2, …; they must increase along a row."""
+        weights = {
+            name: self.param(name, weight.init, weight.shape, self.param_dtype)
+            for name, weight in model_weights(self.config).items()
+        }
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        x = embed(weights, tokens, self.dtype)
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.config.layers,
+        )(self.config, self.param_dtype, name="layers")
+        x, _ = layers(x, rope.angles(self.config, positions))
+        return logits(weights, self.config, x)
+
+
+class Block(nn.Module):
+    """One decoder layer over a whole sequence."""
+
+    config: LlamaConfig
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x, angles):
+        w = {
+            name: self.param(name, weight.init, weight.shape, self.param_dtype)
+            for name, weight in layer_weights(self.config).items()
+        }
+        q, k, v = attention_inputs(w, self.config, x)
+        with jax.named_scope("attention"):
+            attended = causal_attention(rope.rotate(q, *angles), rope.rotate(k, *angles), v)
+        x = x + attention_output(w, attended)
+        return x + mlp(w, self.config, x), None
+
+
+def embed(weights: Mapping, tokens: Int[Array, "batch tokens"], dtype) -> Float[Array, "batch tokens embed"]:
+    """The embeddings of `tokens`."""
+    return weights["embed_tokens"][tokens].astype(dtype)
+
+
+def attention_inputs(
+    w: LayerWeights, config: LlamaConfig, x: Float[Array, "batch tokens embed"]
+) -> tuple[
+    Float[Array, "batch query_heads tokens head_dim"],
+    Float[Array, "batch kv_heads tokens head_dim"],
+    Float[Array, "batch kv_heads tokens head_dim"],
+]:
+    """Queries, keys and values of a layer, queries and keys before rotation (after q/k norm where there is one)."""
+    with jax.named_scope("attention/project"):
+        x = rms_norm(x, w["input_norm"], config.norm_eps)
+        q, k, v = (jnp.einsum("bte,ehd->bhtd", x, w[name].astype(x.dtype)) for name in ("q_proj", "k_proj", "v_proj"))
+        if config.qkv_bias:
+            q, k, v = (
+                heads + w[name].astype(x.dtype)[None, :, None, :]
+                for heads, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias"))
+            )
+        if config.qk_norm:
+            q, k = rms_norm(q, w["q_norm"], config.norm_eps), rms_norm(k, w["k_norm"], config.norm_eps)
+        return q, k, v
+
+
+def attention_output(
+    w: LayerWeights, attended: Float[Array, "batch query_heads tokens head_dim"]
+) -> Float[Array, "batch tokens embed"]:
+    """What attention adds to the residual stream."""
+    with jax.named_scope("attention/output"):
+        return jnp.einsum("bhtd,hde->bte", attended, w["o_proj"].astype(attended.dtype))
+
+
+def mlp(
+    w: LayerWeights, config: LlamaConfig, x: Float[Array, "batch tokens embed"]
+) -> Float[Array, "batch tokens embed"]:
+    """What the gated MLP adds to the residual stream."""
+    with jax.named_scope("mlp"):
+        x = rms_norm(x, w["mlp_norm"], config.norm_eps)
+        gate, up = x @ w["gate_proj"].astype(x.dtype), x @ w["up_proj"].astype(x.dtype)
+        return (nn.silu(gate) * up) @ w["down_proj"].astype(x.dtype)
+
+
+def logits(
+    weights: Mapping, config: LlamaConfig, x: Float[Array, "batch tokens embed"]
+) -> Float[Array, "batch tokens vocab"]:
+    """Float32 logits from the last layer's output."""
+    with jax.named_scope("logits"):
+        x = rms_norm(x, weights["final_norm"], config.norm_eps)
+        if config.tie_embeddings:
+            head, equation = weights["embed_tokens"], "bte,ve->btv"
+        else:
+            head, equation = weights["lm_head"], "bte,ev->btv"
+        return jnp.einsum(equation, x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: Float[Array, "*shape width"], scale: Float[Array, " width"], eps: float) -> Float[Array, "*shape width"]:
+    """Root-mean-square norm over the last axis, computed in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * scale.astype(x.dtype)[(None,) * (x.ndim - 1)]

@@ -1,0 +1,207 @@
+"""One layer's attention in one decode step under a recycling policy: refresh the selection, or reuse it.
+
+This is the heart of the library. The new token already stands in the full cache; the schedule says which rows
+refresh; `lax.cond` reads the cache only if some row does.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+from pallas_kernels import gather_selection, selection_attention, token_scores
+
+from recycled_jax.policies import Recycling
+from recycled_jax.policies.policy import RowRule
+from recycled_jax.state import KVCache, RefreshMemory, Selection, append_token
+
+# `scheduled`: the policy's schedule decides, by `lax.cond`. The other two leave no conditional in the program: for
+# loops that know the phase of a fixed stride themselves.
+StepKind = Literal["scheduled", "refresh", "recycled"]
+
+
+class LayerInput(NamedTuple):
+    """The present token, as one layer sees it; `bare_q` is `q` before rotation."""
+
+    bare_q: Float[Array, "batch query_heads head_dim"]
+    q: Float[Array, "batch query_heads head_dim"]
+    k: Float[Array, "batch kv_heads head_dim"]
+    v: Float[Array, "batch kv_heads head_dim"]
+
+
+class LayerTrace(NamedTuple):
+    """What happened in one layer at one step, for telemetry; NaN where it does not apply."""
+
+    requested: Bool[Array, " batch"]  # the row's own wish
+    refreshed: Bool[Array, " batch"]  # after the row rule
+    similarity: Float[Array, " batch"]  # cosine with the query of the last refresh
+    overlap: Float[Array, " batch"]  # at a refresh: Jaccard overlap of the old and new selection, mean over kv heads
+    coverage: Float[Array, " batch"]  # attention mass on the selection, mean over query heads; when asked for
+
+
+def attend(
+    recycling: Recycling,
+    layer: Int[Array, ""],
+    token: LayerInput,
+    cache: KVCache,
+    selection: Selection,
+    memory: RefreshMemory,
+    *,
+    lengths: Int[Array, " batch"],
+    step: Int[Array, ""],
+    active: Bool[Array, " batch"],
+    kind: StepKind,
+    coverage: bool,
+    implementation: str | None,
+) -> tuple[Float[Array, "batch query_heads head_dim"], Selection, RefreshMemory, LayerTrace]:
+    """Attention of the present token, and the layer's selection and memory after it.
+
+    `lengths` count the present token, `step` is 1 for the first decode step after prefill. Inactive rows change
+    nothing and their output means nothing.
+    """
+    query = mean_query(recycling, token)
+    since = memory.steps_since[layer]
+    similarity = _cosine(query, memory.query[layer])
+    if kind == "scheduled":
+        requested = recycling.schedule.wants(step, since, similarity) & active
+        refreshing = _agree(recycling.rows, requested, active)
+    else:
+        requested = refreshing = active & (kind == "refresh")
+
+    def reuse(selection: Selection):
+        with jax.named_scope("attention/recycled"):
+            entries = recycling.selector.entry_for(lengths - 1, since)
+            # past the end: the row writes nothing
+            entries = jnp.where(active, entries, recycling.selector.k)
+            aged = Selection(
+                _append_position(selection.positions, layer, entries, lengths - 1),
+                append_token(selection.k, layer, entries, token.k),
+                append_token(selection.v, layer, entries, token.v),
+            )
+            attended = selection_attention(
+                token.q, aged.k[layer], aged.v[layer], aged.positions[layer] >= 0, implementation=implementation
+            )
+            return attended, aged, jnp.full(lengths.shape, jnp.nan)
+
+    def refresh(selection: Selection):
+        aged_attended, aged, _ = reuse(selection)
+        with jax.named_scope("attention/refresh"):
+            k, v = cache.k[layer], cache.v[layer]
+            if recycling.refresh == "full":
+                scores, attended = recycling.scorer.score_and_attend(
+                    token.q, k, v, lengths, implementation=implementation
+                )
+            else:
+                scores = recycling.scorer.score(token.q, k, lengths, implementation=implementation)
+            positions = recycling.selector.select(scores, lengths, implementation=implementation)
+            selected_k, selected_v = gather_selection(k, v, positions, implementation=implementation)
+            if recycling.refresh == "selection":
+                attended = selection_attention(
+                    token.q, selected_k, selected_v, positions >= 0, implementation=implementation
+                )
+            # rows that did not ask for it keep their aged selection, so that each row gets what it gets alone
+            new = jax.tree.map(
+                lambda fresh, stack: stack.at[layer].set(_where_rows(refreshing, fresh, stack[layer])),
+                Selection(positions, selected_k, selected_v),
+                aged,
+            )
+            overlap = selection_overlap(selection.positions[layer], positions, lengths - 1 - since)
+            return (
+                _where_rows(refreshing, attended, aged_attended),
+                new,
+                jnp.where(refreshing, overlap, jnp.nan),
+            )
+
+    if kind == "scheduled":
+        attended, selection, overlap = lax.cond(jnp.any(refreshing), refresh, reuse, selection)
+    else:
+        attended, selection, overlap = (refresh if kind == "refresh" else reuse)(selection)
+
+    memory = RefreshMemory(
+        query=memory.query.at[layer].set(_where_rows(refreshing, query, memory.query[layer])),
+        steps_since=memory.steps_since.at[layer].set(jnp.where(refreshing, 0, since + active)),
+    )
+    covered = jnp.full(lengths.shape, jnp.nan)
+    if coverage:
+        covered = _coverage(token.q, cache.k[layer], lengths, selection.positions[layer], implementation)
+    return attended, selection, memory, LayerTrace(requested, refreshing, similarity, overlap, covered)
+
+
+def first_selection(
+    recycling: Recycling,
+    cache: KVCache,
+    lengths: Int[Array, " batch"],
+    q: Float[Array, "layers batch query_heads head_dim"],
+    query: Float[Array, "layers batch head_dim"],
+    *,
+    implementation: str | None,
+) -> tuple[Selection, RefreshMemory]:
+    """The selections and memory after prefill, made in every layer by the last prompt token (`q` its rotated queries,
+    `query` their mean over heads as the schedule compares it)."""
+
+    def select_in_layer(layer: Int[Array, ""]) -> Selection:
+        k, v = cache.k[layer], cache.v[layer]
+        scores = recycling.scorer.score(q[layer], k, lengths, implementation=implementation)
+        positions = recycling.selector.select(scores, lengths, implementation=implementation)
+        return Selection(positions, *gather_selection(k, v, positions, implementation=implementation))
+
+    layers, batch = q.shape[:2]
+    selection = lax.map(select_in_layer, jnp.arange(layers))
+    return selection, RefreshMemory(query, jnp.zeros((layers, batch), jnp.int32))
+
+
+def mean_query(recycling: Recycling, token: LayerInput) -> Float[Array, "batch head_dim"]:
+    """The query that schedules compare: mean over heads, float32."""
+    q = token.bare_q if recycling.schedule.query_point == "before_rope" else token.q
+    return jnp.mean(q.astype(jnp.float32), axis=1)
+
+
+def selection_overlap(
+    old: Int[Array, "batch kv_heads budget"],
+    new: Int[Array, "batch kv_heads budget"],
+    lengths: Int[Array, " batch"],
+) -> Float[Array, " batch"]:
+    """Jaccard overlap |A ∩ B| / |A ∪ B| over the slots below `lengths` (those that existed when `old` was made), mean
+    over kv heads; NaN where both are empty."""
+    budget = old.shape[-1]
+
+    def only_existing(positions, fill):
+        exists = (positions >= 0) & (positions < lengths[:, None, None])
+        # every dropped entry gets a value of its own, met nowhere else
+        return jnp.where(exists, positions, -1 - fill - jnp.arange(budget)[None, None, :]), jnp.sum(exists, axis=-1)
+
+    old, old_count = only_existing(old, 0)
+    new, new_count = only_existing(new, budget)
+    # each set has no duplicates, so equal neighbours in the sorted union are its intersection
+    both = jnp.sort(jnp.concatenate([old, new], axis=-1), axis=-1)
+    shared = jnp.sum(both[..., 1:] == both[..., :-1], axis=-1)
+    return jnp.mean(shared / (old_count + new_count - shared), axis=-1)
+
+
+def _coverage(q, k, lengths, positions, implementation) -> Float[Array, " batch"]:
+    mass = token_scores(q, k, lengths, group_reduction="mean", implementation=implementation)
+    held = jnp.take_along_axis(mass, jnp.maximum(positions, 0), axis=-1)
+    return jnp.mean(jnp.sum(jnp.where(positions >= 0, held, 0.0), axis=-1), axis=-1)
+
+
+def _agree(rule: RowRule, requested: Bool[Array, " batch"], active: Bool[Array, " batch"]) -> Bool[Array, " batch"]:
+    if rule == "per_row":
+        return requested
+    if rule == "any":
+        return jnp.any(requested) & active
+    return jnp.all(requested | ~active) & active
+
+
+def _append_position(stack, layer, entries, positions):
+    rows = jnp.arange(positions.shape[0])
+    return stack.at[layer, rows, :, entries].set(positions[:, None], mode="drop")
+
+
+def _where_rows(rows: Bool[Array, " batch"], chosen: Array, other: Array) -> Array:
+    return jnp.where(rows.reshape(rows.shape + (1,) * (chosen.ndim - 1)), chosen.astype(other.dtype), other)
+
+
+def _cosine(a: Float[Array, "batch width"], b: Float[Array, "batch width"]) -> Float[Array, " batch"]:
+    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-30)

@@ -1,0 +1,50 @@
+"""Logical axes of the weights and the one table that lays them on a device mesh."""
+
+from collections.abc import Sequence
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from recycled_jax.config import LlamaConfig
+from recycled_jax.weights import map_weights
+
+# logical axis → mesh axis (None, or absent from the mesh: replicated)
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "tokens": "sequence",
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "query_heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+}
+
+
+def partition_spec(axes: Sequence[str], mesh: Mesh) -> PartitionSpec:
+    """The mesh axes of an array whose dimensions are the logical `axes`.
+
+    Raises ValueError for an unknown logical axis and for a mesh axis that two dimensions would share.
+    """
+    entries: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
+    for axis in axes:
+        if axis not in RULES:
+            raise ValueError(f"logical axis {axis!r} has no rule, expected one of {', '.join(RULES)}")
+        rule = RULES[axis]
+        wanted = (rule,) if isinstance(rule, str) else rule or ()
+        present = tuple(name for name in wanted if name in mesh.axis_names)
+        if used & set(present):
+            raise ValueError(f"axes={tuple(axes)} would use mesh axis {sorted(used & set(present))} twice")
+        used |= set(present)
+        entries.append(present[0] if len(present) == 1 else present or None)
+    return PartitionSpec(*entries)
+
+
+def param_shardings(config: LlamaConfig, mesh: Mesh) -> dict:
+    """A `NamedSharding` for every parameter, in the shape of the parameter tree."""
+    return map_weights(
+        config,
+        lambda weight: NamedSharding(mesh, partition_spec(weight.axes, mesh)),
+        lambda weight: NamedSharding(mesh, partition_spec(("layers", *weight.axes), mesh)),
+    )

@@ -1,0 +1,1 @@
+"""Generated tasks: filler text, and facts hidden in it."""

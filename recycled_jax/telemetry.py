@@ -1,0 +1,92 @@
+"""What happened during a generation, read off the steps' traces on the host: schedule, overlap, bytes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from recycled_jax.config import LlamaConfig
+from recycled_jax.policies import Policy
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """The trace of a generation; the derived figures are methods.
+
+    Step 0 of the arrays is the first decode step. Row b was active in its first `steps[b]` steps; later entries of
+    it are meaningless. `prompt_lengths` and `steps` are in tokens.
+    """
+
+    config: LlamaConfig
+    policy: Policy
+    bytes_per_element: int
+    prompt_lengths: Int[np.ndarray, " batch"]
+    steps: Int[np.ndarray, " batch"]
+    requested: Bool[np.ndarray, "steps layers batch"]
+    refreshed: Bool[np.ndarray, "steps layers batch"]
+    similarity: Float[np.ndarray, "steps layers batch"]
+    overlap: Float[np.ndarray, "steps layers batch"]
+    coverage: Float[np.ndarray, "steps layers batch"]
+
+    def refreshes(self) -> Int[np.ndarray, "layers batch"]:
+        """Refreshes after prefill."""
+        return self.refreshed.sum(axis=0)
+
+    def effective_stride(self) -> Float[np.ndarray, "layers batch"]:
+        """Decode steps per refresh; infinite where none happened."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.steps[None, :] / self.refreshes()
+
+    def requested_stride(self) -> Float[np.ndarray, "layers batch"]:
+        """As `effective_stride`, from the rows' own wishes, before the row rule."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.steps[None, :] / self.requested.sum(axis=0)
+
+    def mean_overlap(self) -> Float[np.ndarray, "layers batch"]:
+        """Mean Jaccard overlap of successive selections; NaN where no refresh happened."""
+        return _mean_where(self.overlap, ~np.isnan(self.overlap))
+
+    def mean_coverage(self) -> Float[np.ndarray, "layers batch"]:
+        """Mean share of attention mass on the selection; NaN when it was not recorded."""
+        return _mean_where(self.coverage, ~np.isnan(self.coverage))
+
+    def kv_bytes_per_token(self) -> Float[np.ndarray, " batch"]:
+        """Bytes of keys and values that a decode step had to read, mean over the row's steps; 0 without steps.
+
+        Valid slots by the observed schedule, whatever a back end reads beyond them: a recycled step reads its
+        selection; a refresh reads all keys (all values too with `refresh="full"`, and for a scorer that needs no keys
+        only what it copies), and copies the selection.
+        """
+        return self._mean_over_steps(self._slots_read())
+
+    def dense_kv_bytes_per_token(self) -> Float[np.ndarray, " batch"]:
+        """What the dense policy would have read for the same tokens."""
+        slots = self._lengths()[:, None, :] * np.ones((1, self.config.layers, 1))
+        return self._mean_over_steps(2 * slots)
+
+    def _lengths(self) -> Int[np.ndarray, "steps batch"]:
+        """Slots in use at each step, the present token included."""
+        return self.prompt_lengths[None, :] + 1 + np.arange(len(self.refreshed))[:, None]
+
+    def _slots_read(self) -> Float[np.ndarray, "steps layers batch"]:
+        """Key slots plus value slots read per kv head."""
+        lengths = self._lengths()[:, None, :]
+        recycling = self.policy.recycling
+        if recycling is None:
+            return 2.0 * lengths * np.ones((1, self.config.layers, 1))
+        reuse = 2.0 * np.minimum(lengths, recycling.selector.k)
+        scoring = (2.0 if recycling.refresh == "full" else 1.0) * lengths
+        # gathering reads the selection; attending it right after is another read
+        refresh = scoring + reuse * (1 if recycling.refresh == "full" else 2)
+        return np.where(self.refreshed, refresh, reuse)
+
+    def _mean_over_steps(self, slots: Float[np.ndarray, "steps layers batch"]) -> Float[np.ndarray, " batch"]:
+        running = np.arange(len(slots))[:, None, None] < self.steps[None, None, :]
+        total = np.where(running, slots, 0).sum(axis=(0, 1))
+        per_slot = self.config.kv_heads * self.config.head_dim * self.bytes_per_element
+        return total * per_slot / np.maximum(self.steps, 1)
+
+
+def _mean_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return np.where(where, values, 0).sum(axis=0) / where.sum(axis=0)

@@ -1,0 +1,23 @@
+"""The tokenizer of a checkpoint."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from recycled_jax.hf import find_checkpoint
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder `path`, or of the model of that name in the local Hugging Face cache.
+
+    No code of the checkpoint is run and nothing is downloaded.
+    Raises FileNotFoundError when there is no such folder, ValueError when it holds no tokenizer.
+    """
+    folder = find_checkpoint(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the tokenizer's backend raises; the user needs one sentence
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{folder} has no tokenizer that transformers can load (tokenizer.json): {reason}"
+        ) from error

@@ -1,0 +1,31 @@
+"""What every test runs under: CPU only, several devices, no network, and annotations that are checked."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "agg"
+
+# jax reads the variables above when it is imported, and the hook rewrites only modules imported after it.
+import itertools
+from collections.abc import Callable
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jaxtyping.install_import_hook(["recycled_jax", "pallas_kernels"], "beartype.beartype")
+
+hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture
+def getkey() -> Callable[[], jax.Array]:
+    """A function whose every call gives another PRNG key: the same sequence of keys in every test and run."""
+    seeds = itertools.count()
+    return lambda: jax.random.key(next(seeds))

@@ -1,0 +1,104 @@
+"""What a training run is made of: typed dataclasses, filled from YAML and from flags, checked on construction."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model trained from scratch; `mlp` and `embed` are widths, `max_length` is in tokens."""
+
+    embed: int = 192
+    mlp: int = 320
+    layers: int = 4
+    query_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    rope_theta: float = 1e6
+    max_length: int = 32768
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive steps at one sequence length: `batch` rows of `length` tokens, at most `facts` facts in each."""
+
+    length: int
+    batch: int
+    steps: int
+    facts: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch", "steps", "facts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"stages: {name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The retrieval mixture. `texts` are UTF-8 files used as filler beside the generated prose."""
+
+    texts: tuple[str, ...] = ()
+    text_share: float = 0.6
+    chain_share: float = 0.15
+    digits: tuple[int, int] = (5, 7)
+    text_weight: float = 0.1
+    skip_share: float = 0.7
+    max_position: int = 16384
+    tokenizer_merges: int = 1585
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW or Muon (optax), linear warm-up over `warmup` steps, then cosine to `final` of the peak rate."""
+
+    name: Literal["adamw", "muon"] = "muon"
+    learning_rate: float = 1e-2
+    warmup: int = 100
+    final: float = 0.02
+    clip: float = 1.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each mesh axis; -1 takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. `out` holds checkpoints, metrics and, at the end, the exported Hugging Face folder.
+
+    Activations are `dtype`; parameters and optimiser moments are float32.
+    """
+
+    out: str = "runs/embedded"
+    seed: int = 0
+    model: ModelSizes = field(default_factory=ModelSizes)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    mesh: Mesh = field(default_factory=Mesh)
+    stages: tuple[Stage, ...] = (Stage(length=256, batch=16, steps=1000),)
+    save_every: int = 200
+    keep: int = 2
+    evaluate_every: int = 200
+    evaluate_examples: int = 32
+    evaluate_length: int = 1024
+    log_every: int = 10
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that `step` (counted from 0) belongs to."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
