@@ -19,14 +19,10 @@ def check_cache(k: jax.Array, v: jax.Array, *, names: tuple[str, str] = ("k", "v
     if k.ndim != 4:
         raise ValueError(f"{k_name} has shape {k.shape}; expected [batch, kv_heads, slots, head_dim]")
     if k.shape != v.shape:
-        raise ValueError(
-            f"{k_name} has shape {k.shape} and {v_name} has shape {v.shape}; expected equal shapes"
-        )
+        raise ValueError(f"{k_name} has shape {k.shape} and {v_name} has shape {v.shape}; expected equal shapes")
 
 
-def check_heads(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, q_rank: int, names: tuple[str, str] = ("k", "v")
-) -> None:
+def check_heads(q: jax.Array, k: jax.Array, v: jax.Array, *, q_rank: int, names: tuple[str, str] = ("k", "v")) -> None:
     """q is [batch, query_heads, (tokens,) head_dim] and fits the keys and values, which fit each other."""
     check_cache(k, v, names=names)
     k_name = names[0]
@@ -34,8 +30,7 @@ def check_heads(
         raise ValueError(f"q has shape {q.shape}; expected {q_rank} dimensions")
     if (q.shape[0], q.shape[-1]) != (k.shape[0], k.shape[-1]):
         raise ValueError(
-            f"q has shape {q.shape} and {k_name} has shape {k.shape}; "
-            "expected equal batch (first) and head_dim (last)"
+            f"q has shape {q.shape} and {k_name} has shape {k.shape}; expected equal batch (first) and head_dim (last)"
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -57,9 +52,7 @@ def check_values(name: str, array: Any, lowest: int, highest: int) -> None:
     # numpy, because an operation of jax on a known array is itself traced when a trace is under way.
     values = np.asarray(array)
     if values.min() < lowest or values.max() > highest:
-        raise ValueError(
-            f"{name} has values from {values.min()} to {values.max()}; expected {lowest} to {highest}"
-        )
+        raise ValueError(f"{name} has values from {values.min()} to {values.max()}; expected {lowest} to {highest}")
 
 
 def check_positions(positions: jax.Array, k: jax.Array) -> None:

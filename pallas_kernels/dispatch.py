@@ -45,6 +45,4 @@ def run(
                 return implementations[name](*args, **kwargs)
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(
-        f"no implementation of {operation} takes these arguments; " + "; ".join(reasons)
-    )
+    raise NotImplementedError(f"no implementation of {operation} takes these arguments; " + "; ".join(reasons))

@@ -1,11 +1,11 @@
 """The console command `recycled`: finds the command, reads its flags, turns bad input into one sentence.
 
-Exit status: 0 done; 2 bad input, with one line on standard error; 130 interrupted. Anything else is a bug and traces back.
+Exit status: 0 done; 2 bad input, with one line on standard error; 130 interrupted. Anything else is a bug and traces
+back.
 """
 
 import os
 import sys
-from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -23,37 +23,32 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: the process's) and returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _run(arguments)
+        if arguments and arguments[0] in COMMANDS:
+            _run(*arguments)
+        else:
+            _overview(arguments)
+        sys.stdout.flush()
+    except SystemExit as done:  # help or version has been printed
+        return int(done.code or 0)
     except KeyboardInterrupt as interrupt:
-        print(f"recycled: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"recycled: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # the reader has gone, as in `recycled policies | head`; the interpreter must not write to the pipe again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ArgumentError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"recycled: {_sentence(error)}", file=sys.stderr)
         return 2
-
-
-def _run(arguments: Sequence[str]) -> int:
-    name = arguments[0] if arguments else "--help"
-    if name not in COMMANDS:
-        try:
-            _overview(arguments[:1] or ["--help"])
-        except SystemExit as done:  # after --help and --version
-            return int(done.code or 0)
-    function = getattr(import_module(f"recycled_jax.commands.{name}"), name)
-    try:
-        values = parse(function, arguments[1:], prog=f"recycled {name}")
-    except SystemExit as done:
-        return int(done.code or 0)
-    function(**values)
     return 0
+
+
+def _run(name: str, *arguments: str) -> None:
+    function = getattr(import_module(f"recycled_jax.commands.{name}"), name)
+    function(**parse(function, arguments, prog=f"recycled {name}"))
 
 
 def _overview(arguments: Sequence[str]) -> None:
@@ -62,11 +57,12 @@ def _overview(arguments: Sequence[str]) -> None:
     commands = parser.add_subcommands()
     for command, text in COMMANDS.items():
         commands.add_subcommand(command, ArgumentParser(), help=text)
-    valid = ["-h", "--help", "--version", *COMMANDS]
-    if arguments[0] not in valid:
-        kind = "flag" if arguments[0].startswith("-") else "command"
-        raise ValueError(f"{arguments[0]!r} is not a {kind} of recycled; {nearest(arguments[0], valid)}")
-    parser.parse_args(arguments)
+    asked = arguments[0] if arguments else "--help"
+    flags = ["-h", "--help", "--version"]
+    if asked not in flags:
+        kind = "flag" if asked.startswith("-") else "command"
+        raise ValueError(f"{asked!r} is not a {kind} of recycled; {nearest(asked, [*COMMANDS, *flags])}")
+    parser.parse_args([asked])
 
 
 def _sentence(error: Exception) -> str:

@@ -86,9 +86,7 @@ class LlamaConfig:
                 "so that every kv head serves the same number of query heads"
             )
         if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} must be even, rotary embeddings turn pairs of channels"
-            )
+            raise ValueError(f"head_dim={self.head_dim} must be even, rotary embeddings turn pairs of channels")
 
     @property
     def group(self) -> int:
@@ -204,9 +202,7 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         )
     windowed = [kind for kind in hf.get("layer_types") or [] if kind != "full_attention"]
     if windowed:
-        raise ValueError(
-            f"config.json has layer_types with {windowed[0]!r}, only 'full_attention' is supported"
-        )
+        raise ValueError(f"config.json has layer_types with {windowed[0]!r}, only 'full_attention' is supported")
 
 
 def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
@@ -244,7 +240,5 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     except ValueError as error:  # of the JSON or of its encoding
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__}, expected a JSON object with the config's fields"
-        )
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object with the config's fields")
     return content

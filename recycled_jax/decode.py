@@ -157,9 +157,7 @@ def decode_step(
 
     x = embed(weights, token[:, None], model.dtype)
     carry = (x, state.cache, state.selection, state.memory)
-    (x, cache, selection, memory), trace = lax.scan(
-        layer_step, carry, (weights["layers"], jnp.arange(config.layers))
-    )
+    (x, cache, selection, memory), trace = lax.scan(layer_step, carry, (weights["layers"], jnp.arange(config.layers)))
     if trace is None:
         trace = _dense_trace(config.layers, active)
     return (

@@ -8,6 +8,7 @@ Values come from defaults < `--config FILE.yaml` < flags.
 
 import inspect
 import re
+from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -33,21 +34,28 @@ class PolicyChoice:
 def parse(function: Callable, arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     """The keyword arguments for `function` that a command line gives.
 
-    Raises ValueError naming the nearest valid flag, YAML key, policy or knob for one that does not exist,
-    `argparse.ArgumentError` for a value of the wrong type, OSError for a config that cannot be read. Prints help and
-    exits when asked to.
+    Raises ValueError for a flag, YAML key, policy or knob that does not exist, naming the nearest that does, and for a
+    value of the wrong type; OSError for a config that cannot be read. Prints help and exits when asked to.
     """
     arguments = [_spelled(argument) for argument in arguments]
-    configs = {path: _read_yaml(path) for path in _values(arguments, "--config")}
+    paths, arguments = _take(arguments, "--config")
+    configs = {path: _read_yaml(path) for path in paths}
     parser = ArgumentParser(prog=prog, description=_description(function), exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with values for the flags below")
     flags = {"help": "--help", "config": "--config", "print_config": "--print_config"}
     flags |= _add_flags(parser, function)
     hints = get_type_hints(function)
     if has_policy := hints.get(POLICY) is PolicyChoice:
-        flags |= _add_policy_flags(parser, _policy_name(arguments, configs))
+        policy = _policy_name(arguments, configs)
+        hints |= {f"{POLICY}.{knob}": hint for knob, (hint, _) in knobs_of(policy).items()}
+        flags |= _add_policy_flags(parser, policy)
+        _check_knobs(policy, arguments, configs)
     _check(arguments, configs, flags)
-    values = parser.parse_args(arguments).as_dict()
+    try:
+        # flags are read after the files, wherever they stand
+        values = parser.parse_args([*(f"--config={path}" for path in paths), *arguments]).as_dict()
+    except ArgumentError as error:
+        raise ValueError(_readable(str(error), flags, hints)) from error
     if has_policy:
         knobs = values.pop(POLICY)
         values[POLICY] = PolicyChoice(knobs.pop("name"), knobs)
@@ -82,7 +90,9 @@ def knobs_of(name: str) -> dict[str, tuple[Any, Any]]:
 
 def _add_flags(parser: ArgumentParser, function: Callable) -> dict[str, str]:
     hints = get_type_hints(function)
-    docs = {param.arg_name: param.description for param in docstring_parser.parse(inspect.getdoc(function) or "").params}
+    docs = {
+        param.arg_name: param.description for param in docstring_parser.parse(inspect.getdoc(function) or "").params
+    }
     flags = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if hints[name] is PolicyChoice:
@@ -106,10 +116,8 @@ def _add_flags(parser: ArgumentParser, function: Callable) -> dict[str, str]:
 
 def _add_policy_flags(parser: ArgumentParser, name: str) -> dict[str, str]:
     knobs = knobs_of(name)
-    parser.add_argument(
-        f"--{POLICY}.name", type=str, default=name, help="Policy to decode with, `--policy NAME` for short; the flags "
-        "below are its knobs. `recycled policies` lists them all."
-    )  # fmt: skip
+    text = "Policy to decode with, --policy NAME for short; the flags below are its knobs. See `recycled policies`."
+    parser.add_argument(f"--{POLICY}.name", type=str, default=name, help=text)
     flags = {f"{POLICY}.name": f"--{POLICY}.name"}
     for knob, (hint, default) in knobs.items():
         flags[f"{POLICY}.{knob}"] = f"--{POLICY}.{knob.replace('_', '-')}"
@@ -123,12 +131,33 @@ def _check(arguments: Sequence[str], configs: dict[str, dict], flags: dict[str, 
         if argument == "--":
             break
         if flag.startswith("--") and flag not in flags.values():
-            raise ValueError(f"{flag} is not a flag of this command; {nearest(flag, flags.values())}")
-    keys = [key for key, flag in flags.items() if flag not in ("--help", "--config", "--print_config")]
+            valid = [known.removesuffix(".name") for known in flags.values()]
+            raise ValueError(f"{flag} is not a flag of this command; {nearest(flag, valid)}")
+    keys = [key for key in flags if key not in ("help", "config", "print_config") and not key.startswith("no-")]
     for path, config in configs.items():
         for key in _flatten(config):
             if key not in keys:
                 raise ValueError(f"{path} has the key {key!r}, which this command does not know; {nearest(key, keys)}")
+
+
+def _check_knobs(policy: str, arguments: Sequence[str], configs: dict[str, dict]) -> None:
+    flags = [argument.partition("=")[0] for argument in arguments]
+    keys = [key for config in configs.values() for key in _flatten(config)]
+    given = [flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")] + keys
+    knobs = [name.removeprefix(f"{POLICY}.") for name in given if name.startswith(f"{POLICY}.")]
+    unknown = [knob for knob in knobs if knob != "name" and knob not in knobs_of(policy)]
+    if unknown:
+        from recycled_jax.policies import make_policy
+
+        make_policy(policy, **{unknown[0]: None})  # says what is wrong
+
+
+def _readable(message: str, flags: dict[str, str], hints: dict[str, Any]) -> str:
+    """jsonargparse's message; where it is about a value's type, in one sentence instead of its list of attempts."""
+    found = re.search(r'Parser key "([^"]+)":.*value: (.*)$', message, re.DOTALL)
+    if found is None or found[1] not in hints:
+        return message
+    return f"{flags.get(found[1], found[1])} is {found[2]!r}, expected {describe_type(hints[found[1]])}"
 
 
 def _policy_name(arguments: Sequence[str], configs: dict[str, dict]) -> str:
@@ -136,9 +165,12 @@ def _policy_name(arguments: Sequence[str], configs: dict[str, dict]) -> str:
     for path, config in configs.items():
         if POLICY in config:
             if not isinstance(config[POLICY], dict):
-                raise ValueError(f"{path} has policy: {config[POLICY]!r}, expected a mapping like {{name: recycled, k: 256}}")
+                raise ValueError(
+                    f"{path} has policy: {config[POLICY]!r}, expected a mapping like {{name: recycled, k: 256}}"
+                )
             name = config[POLICY].get("name", name)
-    return next(reversed(_values(arguments, f"--{POLICY}.name")), str(name))
+    named, _ = _take(arguments, f"--{POLICY}.name")
+    return named[-1] if named else str(name)
 
 
 def _spelled(argument: str) -> str:
@@ -150,11 +182,21 @@ def _spelled(argument: str) -> str:
     return (f"--{POLICY}.name" if flag == f"--{POLICY}" else flag) + equals + value
 
 
-def _values(arguments: Sequence[str], flag: str) -> list[str]:
-    """Every value given to `flag`, in order."""
-    following = [after for given, after in zip(arguments, arguments[1:], strict=False) if given == flag]
-    joined = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")]
-    return following + joined
+def _take(arguments: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
+    """Every value given to `flag`, in order, and the arguments without them."""
+    values, rest = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == flag:
+            value = next(remaining, None)
+            if value is None:
+                raise ValueError(f"{flag} needs a value")
+            values.append(value)
+        elif argument.startswith(f"{flag}="):
+            values.append(argument.removeprefix(f"{flag}="))
+        else:
+            rest.append(argument)
+    return values, rest
 
 
 def _read_yaml(path: str) -> dict:

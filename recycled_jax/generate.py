@@ -88,7 +88,7 @@ def generate(
     a schedule other than a fixed stride.
     """
     sampling = Sampling() if sampling is None else sampling
-    tokens, lengths = _pad(prompts, model.config.vocab, chunk)
+    tokens, lengths = pad(prompts, model.config.vocab, chunk)
     needed = int(lengths.max()) + max_new_tokens
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -105,7 +105,7 @@ def generate(
         block = -(-block // stride) * stride  # a block starts at phase 0
 
     started = time.perf_counter()
-    state, first = _start(
+    state, first = start(
         model,
         params,
         tokens,
@@ -126,7 +126,7 @@ def generate(
     blocks: list[Block] = []
     remaining = max_new_tokens - 1
     while remaining > 0 and bool(jnp.any(state.active)):
-        state, device_block = _run_block(
+        state, device_block = run_block(
             model,
             params,
             state,
@@ -159,10 +159,8 @@ def generate(
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "policy", "sampling", "capacity", "chunk", "implementation")
-)
-def _start(model, params, tokens, lengths, key, *, policy, sampling, capacity, chunk, implementation):
+@functools.partial(jax.jit, static_argnames=("model", "policy", "sampling", "capacity", "chunk", "implementation"))
+def start(model, params, tokens, lengths, key, *, policy, sampling, capacity, chunk, implementation):
     """Prefill and the first token, which comes from the prefill's logits."""
     logits, decode = prefill(
         model,
@@ -183,7 +181,7 @@ def _start(model, params, tokens, lengths, key, *, policy, sampling, capacity, c
     static_argnames=("model", "policy", "sampling", "steps", "stride", "coverage", "implementation"),
     donate_argnames=("state",),
 )
-def _run_block(
+def run_block(
     model: Llama,
     params: Params,
     state: LoopState,
@@ -267,7 +265,7 @@ def _nested_stride(policy: Policy) -> int:
     return schedule.stride
 
 
-def _pad(
+def pad(
     prompts: Sequence[Sequence[int]], vocab: int, chunk: int
 ) -> tuple[Int[np.ndarray, "batch tokens"], Int[np.ndarray, " batch"]]:
     if not prompts:
@@ -294,6 +292,4 @@ def _telemetry(
     else:
         nothing = np.zeros((0, model.config.layers, len(lengths)))
         trace = LayerTrace(nothing.astype(bool), nothing.astype(bool), nothing, nothing, nothing)
-    return Telemetry(
-        model.config, policy, state.cache.k.dtype.itemsize, np.asarray(lengths), steps, **trace._asdict()
-    )
+    return Telemetry(model.config, policy, state.cache.k.dtype.itemsize, np.asarray(lengths), steps, **trace._asdict())

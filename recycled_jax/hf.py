@@ -52,9 +52,7 @@ def load_hf(path: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = N
         count = len(model_weights(config)) + len(layer_weights(config))
         with _progress(f"reading {folder.name}", count) as progress:
 
-            def read(
-                names: list[str], weight: Weight, shape: tuple[int, ...], axes: tuple[str, ...]
-            ) -> jax.Array:
+            def read(names: list[str], weight: Weight, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
                 progress.update()
                 sharding = None if mesh is None else NamedSharding(mesh, partition_spec(axes, mesh))
                 return _device_array(reader, names, weight, shape, dtype, sharding)
@@ -87,12 +85,8 @@ def save_hf(
     """
     config = model.config
     check_shapes(config, params)
-    tensors = {
-        hf: (_parameter(params, name, layer), weight, layer) for hf, name, weight, layer in _tensors(config)
-    }
-    dtype_of = {
-        hf: jnp.dtype(array.dtype if dtype is None else dtype) for hf, (array, _, _) in tensors.items()
-    }
+    tensors = {hf: (_parameter(params, name, layer), weight, layer) for hf, name, weight, layer in _tensors(config)}
+    dtype_of = {hf: jnp.dtype(array.dtype if dtype is None else dtype) for hf, (array, _, _) in tensors.items()}
     nbytes = {hf: math.prod(weight.shape) * dtype_of[hf].itemsize for hf, (_, weight, _) in tensors.items()}
     with staged(path, replaces=("model*.safetensors", INDEX)) as folder:
         with _progress(f"writing {Path(path).name}", len(nbytes)) as progress:
@@ -166,15 +160,12 @@ def _check_tensors(reader: TensorReader, config: LlamaConfig) -> None:
     stored = reader.names
     for name, shape in expected.items():
         if name not in stored:
-            raise ValueError(
-                f"{reader.folder} lacks the tensor {name} of shape {shape}, which its config.json implies"
-            )
+            raise ValueError(f"{reader.folder} lacks the tensor {name} of shape {shape}, which its config.json implies")
         if reader.shape(name) != shape:
             raise ValueError(f"{reader.folder} has {name} of shape {reader.shape(name)}, expected {shape}")
         if reader.dtype(name) not in DTYPES:
             raise ValueError(
-                f"{reader.folder} has {name} of dtype {reader.dtype(name)}, "
-                f"expected one of {', '.join(DTYPES)}"
+                f"{reader.folder} has {name} of dtype {reader.dtype(name)}, expected one of {', '.join(DTYPES)}"
             )
     # a tied model's head is the embedding, whatever copy of it was stored
     ignored = {"lm_head.weight"} if config.tie_embeddings else set()
@@ -190,15 +181,11 @@ def _common_dtype(reader: TensorReader, config: LlamaConfig) -> jnp.dtype:
     names = {reader.dtype(hf): hf for hf, _, _, _ in _tensors(config)}
     if len(names) > 1:
         found = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(names.items()))
-        raise ValueError(
-            f"dtype=None needs a checkpoint of one dtype, {reader.folder} has {found}; name a dtype"
-        )
+        raise ValueError(f"dtype=None needs a checkpoint of one dtype, {reader.folder} has {found}; name a dtype")
     return jnp.dtype(DTYPES[names.popitem()[0]])
 
 
-def _device_array(
-    reader, names: list[str], weight: Weight, shape: tuple[int, ...], dtype, sharding
-) -> jax.Array:
+def _device_array(reader, names: list[str], weight: Weight, shape: tuple[int, ...], dtype, sharding) -> jax.Array:
     """One parameter of `shape`: the tensor `names[0]`, or the `names` of all layers stacked."""
     stacked = len(shape) > len(weight.shape)
 

@@ -136,7 +136,9 @@ def logits(
         return jnp.einsum(equation, x, head.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def rms_norm(x: Float[Array, "*shape width"], scale: Float[Array, " width"], eps: float) -> Float[Array, "*shape width"]:
+def rms_norm(
+    x: Float[Array, "*shape width"], scale: Float[Array, " width"], eps: float
+) -> Float[Array, "*shape width"]:
     """Root-mean-square norm over the last axis, computed in float32."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)

@@ -37,9 +37,7 @@ def save_orbax(path: str | Path, model: Llama, params: Mapping) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         partial = folder / f".config.json.{os.getpid()}"
-        partial.write_text(
-            config_json(model.config, params["params"]["embed_tokens"].dtype), encoding="utf-8"
-        )
+        partial.write_text(config_json(model.config, params["params"]["embed_tokens"].dtype), encoding="utf-8")
         partial.replace(folder / "config.json")
     ocp.save(str(folder / PARAMS), params)
 
@@ -83,9 +81,7 @@ def _stored_arrays(path: Path) -> dict:
     except Exception as error:  # orbax's own errors share no public base class
         raise ValueError(_unreadable(path, error)) from error
     if not tree:  # what orbax answers when its description of the arrays is damaged
-        raise ValueError(
-            f"{path} cannot be read as an orbax checkpoint: it does not say which arrays it holds"
-        )
+        raise ValueError(f"{path} cannot be read as an orbax checkpoint: it does not say which arrays it holds")
     return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)
 
 

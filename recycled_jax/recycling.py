@@ -101,10 +101,13 @@ def attend(
                     token.q, selected_k, selected_v, positions >= 0, implementation=implementation
                 )
             # rows that did not ask for it keep their aged selection, so that each row gets what it gets alone
-            new = jax.tree.map(
-                lambda fresh, stack: stack.at[layer].set(_where_rows(refreshing, fresh, stack[layer])),
-                Selection(positions, selected_k, selected_v),
-                aged,
+            fresh = (positions, selected_k, selected_v)
+            stacks = (aged.positions, aged.k, aged.v)
+            new = Selection(
+                *(
+                    stack.at[layer].set(_where_rows(refreshing, part, stack[layer]))
+                    for part, stack in zip(fresh, stacks, strict=True)
+                )
             )
             overlap = selection_overlap(selection.positions[layer], positions, lengths - 1 - since)
             return (
@@ -140,14 +143,14 @@ def first_selection(
     """The selections and memory after prefill, made in every layer by the last prompt token (`q` its rotated queries,
     `query` their mean over heads as the schedule compares it)."""
 
-    def select_in_layer(layer: Int[Array, ""]) -> Selection:
+    def select_in_layer(layer: Int[Array, ""]):
         k, v = cache.k[layer], cache.v[layer]
         scores = recycling.scorer.score(q[layer], k, lengths, implementation=implementation)
         positions = recycling.selector.select(scores, lengths, implementation=implementation)
-        return Selection(positions, *gather_selection(k, v, positions, implementation=implementation))
+        return positions, *gather_selection(k, v, positions, implementation=implementation)
 
     layers, batch = q.shape[:2]
-    selection = lax.map(select_in_layer, jnp.arange(layers))
+    selection = Selection(*lax.map(select_in_layer, jnp.arange(layers)))
     return selection, RefreshMemory(query, jnp.zeros((layers, batch), jnp.int32))
 
 

@@ -69,9 +69,7 @@ class TensorReader:
         stored = {file_name: set(file.keys()) for file_name, file in files.items()}
         for name, file_name in file_names.items():
             if name not in stored[file_name]:
-                raise ValueError(
-                    f"{self.folder / file_name} has no tensor {name}, but {INDEX} places it there"
-                )
+                raise ValueError(f"{self.folder / file_name} has no tensor {name}, but {INDEX} places it there")
         return {name: files[file_name] for name, file_name in file_names.items()}
 
     def _open_file(self, path: Path):

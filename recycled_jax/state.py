@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from recycled_jax.config import LlamaConfig
@@ -57,7 +58,7 @@ class DecodeState:
     memory: RefreshMemory | None
 
 
-def empty_cache(config: LlamaConfig, *, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+def empty_cache(config: LlamaConfig, *, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
     """A cache of zeros with room for `capacity` tokens in each row."""
     shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

@@ -18,6 +18,4 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's backend raises; the user needs one sentence
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{folder} has no tokenizer that transformers can load (tokenizer.json): {reason}"
-        ) from error
+        raise ValueError(f"{folder} has no tokenizer that transformers can load (tokenizer.json): {reason}") from error

@@ -64,9 +64,7 @@ def layer_weights(config: LlamaConfig) -> dict[str, Weight]:
         "q_proj": Weight((c.embed, *query), ("embed", *query_axes), "self_attn.q_proj.weight", init, 1),
         "k_proj": Weight((c.embed, *kv), ("embed", *kv_axes), "self_attn.k_proj.weight", init, 1),
         "v_proj": Weight((c.embed, *kv), ("embed", *kv_axes), "self_attn.v_proj.weight", init, 1),
-        "o_proj": Weight(
-            (*query, c.embed), (*query_axes, "embed"), "self_attn.o_proj.weight", init_residual, 2
-        ),
+        "o_proj": Weight((*query, c.embed), (*query_axes, "embed"), "self_attn.o_proj.weight", init_residual, 2),
         "mlp_norm": Weight((c.embed,), ("embed",), "post_attention_layernorm.weight", ones),
         "gate_proj": Weight((c.embed, c.mlp), ("embed", "mlp"), "mlp.gate_proj.weight", init, 1),
         "up_proj": Weight((c.embed, c.mlp), ("embed", "mlp"), "mlp.up_proj.weight", init, 1),
@@ -87,9 +85,7 @@ def model_weights(config: LlamaConfig) -> dict[str, Weight]:
     c = config
     init = nn.initializers.normal(c.init_std)
     weights = {
-        "embed_tokens": Weight(
-            (c.vocab, c.embed), ("vocab", "embed"), "model.embed_tokens.weight", init, None
-        ),
+        "embed_tokens": Weight((c.vocab, c.embed), ("vocab", "embed"), "model.embed_tokens.weight", init, None),
         "final_norm": Weight((c.embed,), ("embed",), "model.norm.weight", nn.initializers.ones),
     }
     if not c.tie_embeddings:

@@ -6,8 +6,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model trained from scratch; `mlp` and `embed` are widths, `max_length` is in tokens."""
+    """A model trained from scratch; `mlp` and `embed` are widths, `max_length` is in tokens.
 
+    `init` other than `plain` is explained in `train.init`.
+    """
+
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "qwen2"
+    init: Literal["plain", "retrieval"] = "retrieval"
     embed: int = 192
     mlp: int = 320
     layers: int = 4
@@ -20,12 +25,18 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive steps at one sequence length: `batch` rows of `length` tokens, at most `facts` facts in each."""
+    """Consecutive steps at one sequence length: `batch` rows of `length` tokens, at most `facts` facts in each.
+
+    A token of an answer weighs 1 in the loss, one of the filler `text_weight`; `skip_share` of the rows have skips in
+    their positions, up to `Data.max_position`.
+    """
 
     length: int
     batch: int
     steps: int
     facts: int = 8
+    text_weight: float = 0.1
+    skip_share: float = 0.7
 
     def __post_init__(self) -> None:
         for name in ("length", "batch", "steps", "facts"):
@@ -41,10 +52,8 @@ class Data:
     text_share: float = 0.6
     chain_share: float = 0.15
     digits: tuple[int, int] = (5, 7)
-    text_weight: float = 0.1
-    skip_share: float = 0.7
     max_position: int = 16384
-    tokenizer_merges: int = 1585
+    tokenizer_merges: int = 1689
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Optimizer:
     name: Literal["adamw", "muon"] = "muon"
     learning_rate: float = 1e-2
     warmup: int = 100
-    final: float = 0.02
+    final: float = 0.1
     clip: float = 1.0
     weight_decay: float = 0.0
 

@@ -62,7 +62,7 @@ class RetrievalMixture:
             tokens += ids
             answer_mask += [False] * len(ids)
             # the values of facts are random: predicting them teaches nothing
-            weights += [0.0 if is_fact else self.config.text_weight] * len(ids)
+            weights += [0.0 if is_fact else stage.text_weight] * len(ids)
         for prompt, answer in exchanges:
             tokens += [*prompt, *answer]
             answer_mask += [False] * len(prompt) + [True] * len(answer)
@@ -70,7 +70,7 @@ class RetrievalMixture:
         cut = slice(0, stage.length)
         return Batch(
             np.asarray(tokens[cut], np.int32),
-            self._positions(rng, stage.length),
+            self._positions(rng, stage),
             np.asarray(weights[cut], np.float32),
             np.asarray(answer_mask[cut]),
         )
@@ -86,9 +86,7 @@ class RetrievalMixture:
         facts = [number_fact(name, random_value(rng, rng.integers(low, high + 1))) for name in names[:count]]
         return [fact.sentence for fact in facts], [facts[i] for i in rng.permutation(count)]
 
-    def _context(
-        self, rng: np.random.Generator, hidden: list[list[int]], room: int
-    ) -> list[tuple[list[int], bool]]:
+    def _context(self, rng: np.random.Generator, hidden: list[list[int]], room: int) -> list[tuple[list[int], bool]]:
         """Filler of exactly `room` tokens (the last sentence cut), the facts at random sentence boundaries in it."""
         source = self._texts if self._texts and rng.random() < self.config.text_share else self._prose
         filler: list[list[int]] = []
@@ -102,11 +100,12 @@ class RetrievalMixture:
         facts = {id(ids) for ids in hidden}
         return [(ids, id(ids) in facts) for ids in hide(hidden, depths, filler)]
 
-    def _positions(self, rng: np.random.Generator, length: int) -> np.ndarray:
+    def _positions(self, rng: np.random.Generator, stage: Stage) -> np.ndarray:
         """Positions with a few random skips (PoSE, Zhu et al. 2023, arXiv 2309.10400): short sequences that show the
         model the rotary distances of long ones."""
+        length = stage.length
         positions = np.arange(length)
-        if rng.random() < self.config.skip_share and length < self.config.max_position:
+        if rng.random() < stage.skip_share and length < self.config.max_position:
             skips = rng.integers(1, 6)
             total = rng.integers(self.config.max_position - length)
             shares = np.floor(rng.dirichlet(np.ones(skips)) * total).astype(int)

@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> Path:
     optimizer = make_optimizer(config.optimizer, model.config, config.steps)
     state = checkpoints.restore(abstract_state(model, optimizer, mesh))
     if state is None:
-        state = init_state(model, optimizer, mesh, config.seed)
+        state = init_state(model, optimizer, mesh, config.seed, config.model.init)
     first = int(state.step)
     step_fn = make_train_step(model, optimizer, mesh)
     mixture = RetrievalMixture(config.data, tokenizer, sentences, config.seed)
@@ -75,6 +75,7 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
     """The model of a run; tied embeddings, the vocabulary rounded up to a multiple of 128."""
     sizes = config.model
     return LlamaConfig(
+        model_type=sizes.model_type,
         vocab=-(-len(tokenizer) // 128) * 128,
         embed=sizes.embed,
         mlp=sizes.mlp,

@@ -16,6 +16,7 @@ from recycled_jax.weights import Weight, map_weights
 from train.config import Mesh as MeshSizes
 from train.config import Optimizer
 from train.data import Batch
+from train.init import retrieval_init
 
 
 @struct.dataclass
@@ -79,9 +80,7 @@ def _matrix_axes(weight: Weight):
     if not weight.inputs:
         return None
     axes = tuple(range(1, 1 + len(weight.shape)))  # axis 0 is the layer
-    return optax.contrib.MuonDimensionNumbers(
-        reduction_axis=axes[: weight.inputs], output_axis=axes[weight.inputs :]
-    )
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=axes[: weight.inputs], output_axis=axes[weight.inputs :])
 
 
 def loss_and_metrics(model: Llama, params: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -117,9 +116,12 @@ def make_train_step(model: Llama, optimizer: optax.GradientTransformation, mesh:
     )
 
 
-def init_state(model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A fresh state, every array born in its shard."""
-    return jax.jit(lambda: _fresh(model, optimizer, seed), out_shardings=state_shardings(model, optimizer, mesh))()
+def init_state(
+    model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, init: str = "plain"
+) -> TrainState:
+    """A fresh state, every array born in its shard; `init` as in `ModelSizes`."""
+    shardings = state_shardings(model, optimizer, mesh)
+    return jax.jit(lambda: _fresh(model, optimizer, seed, init), out_shardings=shardings)()
 
 
 def abstract_state(model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -149,6 +151,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def _fresh(model: Llama, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def _fresh(model: Llama, optimizer: optax.GradientTransformation, seed: int, init: str = "plain") -> TrainState:
     params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
+    if init == "retrieval":
+        params = retrieval_init(model.config, params, jax.random.key(seed + 1))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -11,9 +11,7 @@ def attend(
     v: Float[Array, "batch kv_heads tokens head_dim"],
     visible: Bool[Array, "#batch #query_heads #queries tokens"],
     scale: float,
-) -> tuple[
-    Float[Array, "batch query_heads queries head_dim"], Float[Array, "batch query_heads queries tokens"]
-]:
+) -> tuple[Float[Array, "batch query_heads queries head_dim"], Float[Array, "batch query_heads queries tokens"]]:
     """softmax(scale q k^T) v over the visible tokens, and the softmax, float32; zeros if none is visible."""
     group = q.shape[1] // k.shape[1]
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))

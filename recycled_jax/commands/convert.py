@@ -48,9 +48,7 @@ def convert(
     `source` is missing, damaged or not supported, as in `checkpoint.load_model`.
     """
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"out={str(out)!r} exists and is not empty; name a new folder or give --overwrite"
-        )
+        raise FileExistsError(f"out={str(out)!r} exists and is not empty; name a new folder or give --overwrite")
     folder = find_checkpoint(source)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         model, params = load_model(folder, dtype=dtype)

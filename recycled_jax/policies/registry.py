@@ -24,9 +24,7 @@ def recycled(
 ) -> Policy:
     """Recycled Attention / RefreshKV with a fixed stride: every `stride` steps all layers score the cache anew, the
     steps between read only the `k` slots selected then (Xu, Goyal, Choi, arXiv 2411.05787)."""
-    return Policy(
-        "recycled", Recycling(AttentionScorer(group_reduction), TopK(k, pool), FixedStride(stride), refresh)
-    )
+    return Policy("recycled", Recycling(AttentionScorer(group_reduction), TopK(k, pool), FixedStride(stride), refresh))
 
 
 def recycled_dynamic(

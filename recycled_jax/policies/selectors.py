@@ -35,13 +35,9 @@ class TopK:
         implementation: str | None,
     ) -> Int[Array, "batch kv_heads k"]:
         """Slots in the order of eviction, weakest first, -1 where there are fewer than `k`; see `Selection`."""
-        return select_tokens(
-            scores, lengths, k=self.k, pool=self.pool, sinks=self.sinks, implementation=implementation
-        )
+        return select_tokens(scores, lengths, k=self.k, pool=self.pool, sinks=self.sinks, implementation=implementation)
 
-    def entry_for(
-        self, positions: Int[Array, " batch"], steps_since: Int[Array, " batch"]
-    ) -> Int[Array, " batch"]:
+    def entry_for(self, positions: Int[Array, " batch"], steps_since: Int[Array, " batch"]) -> Int[Array, " batch"]:
         """The entry that the token at `positions` overwrites, `steps_since` recycled steps after the refresh."""
         next_evicted = steps_since % (self.k - self.sinks)
         return jnp.where(positions < self.sinks, self.k - self.sinks + positions, next_evicted)

@@ -35,18 +35,14 @@ def written(compiled) -> list[tuple[str, int]]:
     found = re.findall(r"= \w+\[([\d,]*)\]\S* ([\w-]+)\(", compiled.as_text())
     views = {"parameter", "bitcast", "get-tuple-element"}
     return [
-        (opcode, math.prod(map(int, filter(None, dims.split(",")))))
-        for dims, opcode in found
-        if opcode not in views
+        (opcode, math.prod(map(int, filter(None, dims.split(","))))) for dims, opcode in found if opcode not in views
     ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("return_scores", [False, True])
 def test_decode_attention_reads_the_cache_once_as_stored(dtype, return_scores):
-    compiled = compile_xla(
-        decode_attention, QUERY, cache(dtype), cache(dtype), LENGTHS, return_scores=return_scores
-    )
+    compiled = compile_xla(decode_attention, QUERY, cache(dtype), cache(dtype), LENGTHS, return_scores=return_scores)
     assert [name for name, elements in written(compiled) if elements >= CACHE_ELEMENTS] == []
     # One product with k and one with v: the scores reuse the logits.
     assert [name for name, _ in written(compiled)].count("dot") == 2
@@ -87,9 +83,7 @@ def test_causal_attention_never_holds_all_logits(operation, share):
 
 def test_the_measure_sees_all_logits_where_there_are():
     compiled = (
-        jax.jit(functools.partial(causal_attention, implementation="reference"))
-        .lower(QUERIES, KEYS, KEYS)
-        .compile()
+        jax.jit(functools.partial(causal_attention, implementation="reference")).lower(QUERIES, KEYS, KEYS).compile()
     )
     assert max(elements for _, elements in written(compiled)) >= 4 * SEQUENCE**2
     assert compiled.memory_analysis().temp_size_in_bytes >= ALL_LOGITS_BYTES

@@ -21,9 +21,7 @@ def test_automatic_choice_can_be_read_from_the_program(getkey):
 
 def test_unknown_name_lists_the_valid_ones(getkey):
     args = cache_arguments(ARG_SPECS[0], getkey)
-    with pytest.raises(
-        ValueError, match=r"implementation='fast' .* decode_attention; .* one of: reference, xla"
-    ):
+    with pytest.raises(ValueError, match=r"implementation='fast' .* decode_attention; .* one of: reference, xla"):
         decode_attention(args.q, args.k, args.v, args.lengths, implementation="fast")
 
 

@@ -21,9 +21,7 @@ CONFIGS = ((1, 1, 0), (4, 1, 0), (5, 3, 0), (12, 7, 0), (17, 3, 0), (6, 5, 2), (
 def select_plainly(scores: list[float], length: int, k: int, pool: int, sinks: int) -> list[int]:
     """One head in plain Python: `scores` of all slots, the first `length` of them in use."""
     candidates = range(sinks, max(length - 1, sinks))
-    strength = {
-        slot: max(scores[near] for near in candidates if abs(near - slot) <= pool // 2) for slot in candidates
-    }
+    strength = {slot: max(scores[near] for near in candidates if abs(near - slot) <= pool // 2) for slot in candidates}
     strongest_first = sorted(candidates, key=lambda slot: (-strength[slot], slot))[: k - sinks - 1]
     weakest_first = strongest_first[::-1]
     missing = [-1] * (k - sinks - 1 - len(weakest_first))
@@ -41,9 +39,7 @@ scores_of_a_row = st.lists(
 @pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
 def test_matches_plain_python(implementation, config):
     k, pool, sinks = config
-    select = jax.jit(
-        functools.partial(select_tokens, k=k, pool=pool, sinks=sinks, implementation=implementation)
-    )
+    select = jax.jit(functools.partial(select_tokens, k=k, pool=pool, sinks=sinks, implementation=implementation))
 
     @hypothesis.given(
         rows=st.lists(st.tuples(scores_of_a_row, scores_of_a_row), min_size=2, max_size=2),

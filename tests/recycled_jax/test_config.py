@@ -13,9 +13,7 @@ STRETCH = Llama3Rope(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, orig
 
 
 def test_reads_every_field():
-    config = LlamaConfig.from_hf(
-        {**LLAMA, "eos_token_id": [2, 3], "pad_token_id": 0, "initializer_range": 0.1}
-    )
+    config = LlamaConfig.from_hf({**LLAMA, "eos_token_id": [2, 3], "pad_token_id": 0, "initializer_range": 0.1})
     assert config == LlamaConfig(
         vocab=64,
         embed=64,
@@ -116,11 +114,7 @@ def test_the_switched_off_window_of_qwen2_is_no_window():
 
 def test_reads_a_folder_and_a_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    assert (
-        LlamaConfig.from_hf(tmp_path)
-        == LlamaConfig.from_hf(tmp_path / "config.json")
-        == LlamaConfig.from_hf(LLAMA)
-    )
+    assert LlamaConfig.from_hf(tmp_path) == LlamaConfig.from_hf(tmp_path / "config.json") == LlamaConfig.from_hf(LLAMA)
 
 
 def test_missing_and_damaged_files(tmp_path):

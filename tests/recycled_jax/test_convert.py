@@ -53,9 +53,7 @@ def test_dtype(source, tmp_path):
 def test_refuses_a_folder_that_is_not_empty(source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(
-        FileExistsError, match="out' exists and is not empty; name a new folder or give --overwrite"
-    ):
+    with pytest.raises(FileExistsError, match="out' exists and is not empty; name a new folder or give --overwrite"):
         convert(source, tmp_path / "out")
     convert(source, tmp_path / "out", overwrite=True)
     assert is_orbax(tmp_path / "out") and (tmp_path / "out" / "mine.txt").exists()

@@ -163,9 +163,7 @@ class TestRefusals:
 
     def test_pickled_weights(self, checkpoint):
         (checkpoint / FILE).rename(checkpoint / "pytorch_model.bin")
-        with pytest.raises(
-            FileNotFoundError, match=r"pytorch_model\.bin .*never read, convert them to safetensors"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin .*never read, convert them to safetensors"):
             load_hf(checkpoint)
 
     @pytest.mark.parametrize("kept", [0, 5, 5_000, 100_000])
@@ -194,14 +192,10 @@ class TestRefusals:
 
     def test_wrong_dtype(self, checkpoint):
         rewrite(checkpoint, lambda tensors: tensors.update({"model.norm.weight": np.ones(64, np.int8)}))
-        with pytest.raises(
-            ValueError, match=r"model\.norm\.weight of dtype I8, expected one of F32, F16, BF16"
-        ):
+        with pytest.raises(ValueError, match=r"model\.norm\.weight of dtype I8, expected one of F32, F16, BF16"):
             load_hf(checkpoint)
 
-    @pytest.mark.parametrize(
-        "extra", ["model.layers.0.self_attn.q_proj.bias", "model.layers.3.input_layernorm.weight"]
-    )
+    @pytest.mark.parametrize("extra", ["model.layers.0.self_attn.q_proj.bias", "model.layers.3.input_layernorm.weight"])
     def test_tensor_that_would_change_the_result(self, checkpoint, extra):
         rewrite(checkpoint, lambda tensors: tensors.update({extra: np.ones(64, np.float32)}))
         with pytest.raises(ValueError, match=f"has the tensor {extra}, which a llama model"):
@@ -282,9 +276,7 @@ class TestSaving:
     def test_refuses_parameters_of_another_model(self, checkpoint, tmp_path):
         model, _ = load_hf(checkpoint)
         _, params = load_hf(families.write_checkpoint(tmp_path / "other", "llama_2"))
-        with pytest.raises(
-            ValueError, match=r"\['k_proj'\] has shape \(3, 64, 4, 16\), expected \(3, 64, 2, 16\)"
-        ):
+        with pytest.raises(ValueError, match=r"\['k_proj'\] has shape \(3, 64, 4, 16\), expected \(3, 64, 2, 16\)"):
             save_hf(tmp_path / "out", model, params)
 
     def test_generation_config(self, checkpoint, tmp_path):

@@ -16,9 +16,7 @@ from tests.recycled_jax.parity import families
 @pytest.fixture
 def saved(tmp_path):
     """A folder in orbax format, with the model and parameters that were saved."""
-    model, params = load_hf(
-        families.write_checkpoint(tmp_path / "hf", "qwen2", ml_dtypes.bfloat16), dtype=None
-    )
+    model, params = load_hf(families.write_checkpoint(tmp_path / "hf", "qwen2", ml_dtypes.bfloat16), dtype=None)
     save_orbax(tmp_path / "orbax", model, params)
     return tmp_path / "orbax", model, params
 

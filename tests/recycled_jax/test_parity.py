@@ -45,9 +45,7 @@ def make_golden():
     return make_golden
 
 
-@pytest.mark.filterwarnings(
-    "default"
-)  # torch and its integrations warn about themselves, differently by version
+@pytest.mark.filterwarnings("default")  # torch and its integrations warn about themselves, differently by version
 @pytest.mark.parametrize("name", FAMILIES)
 class TestLive:
     def test_golden_files_are_what_transformers_computes(self, name, make_golden):

@@ -15,9 +15,7 @@ def tokenizer():
 
 
 def test_saved_beside_the_weights_and_loaded_again(tokenizer, tmp_path):
-    save_hf(
-        tmp_path / "out", *load_hf(families.write_checkpoint(tmp_path / "in", "llama_2")), tokenizer=tokenizer
-    )
+    save_hf(tmp_path / "out", *load_hf(families.write_checkpoint(tmp_path / "in", "llama_2")), tokenizer=tokenizer)
     loaded = load_tokenizer(tmp_path / "out")
     assert loaded.encode("hello world") == [2, 3]
     assert loaded.eos_token_id == 1

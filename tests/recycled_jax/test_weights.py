@@ -17,9 +17,7 @@ def test_tables_name_every_tensor_of_a_checkpoint(name):
     config = LlamaConfig.from_hf(families.CONFIGS[name])
     ours = {weight.hf: weight.hf_shape for weight in model_weights(config).values()}
     for layer in range(config.layers):
-        ours |= {
-            f"model.layers.{layer}.{weight.hf}": weight.hf_shape for weight in layer_weights(config).values()
-        }
+        ours |= {f"model.layers.{layer}.{weight.hf}": weight.hf_shape for weight in layer_weights(config).values()}
     assert ours == families.shapes(families.CONFIGS[name])
 
 

@@ -39,8 +39,6 @@ def causal_attention(
     """
     check_heads(q, k, v, q_rank=4)
     if q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"q has {q.shape[2]} tokens and k has {k.shape[2]}; expected as many queries as keys"
-        )
+        raise ValueError(f"q has {q.shape[2]} tokens and k has {k.shape[2]}; expected as many queries as keys")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return dispatch.run("causal_attention", IMPLEMENTATIONS, implementation, q, k, v, scale=scale)

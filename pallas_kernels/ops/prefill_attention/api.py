@@ -44,9 +44,7 @@ def prefill_attention(
     check_heads(q, k, v, q_rank=4)
     chunk, tokens = q.shape[2], k.shape[2]
     if chunk > tokens:
-        raise ValueError(
-            f"q has {chunk} tokens and k has {tokens} slots; expected a chunk that fits in the cache"
-        )
+        raise ValueError(f"q has {chunk} tokens and k has {tokens} slots; expected a chunk that fits in the cache")
     check_values("start", start, 0, tokens - chunk)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return dispatch.run("prefill_attention", IMPLEMENTATIONS, implementation, q, k, v, start, scale=scale)

@@ -43,9 +43,7 @@ def prefill_attention(
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
         weights = jnp.exp(logits - new_largest)
         decay = jnp.exp(largest - new_largest)
-        out_block = jnp.einsum(
-            "bnqt,bntd->bnqd", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32
-        )
+        out_block = jnp.einsum("bnqt,bntd->bnqd", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
         return (
             out * decay + out_block,
             new_largest,

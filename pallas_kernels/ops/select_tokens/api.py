@@ -61,6 +61,4 @@ def select_tokens(
         raise ValueError(f"{k=} is below sinks + self = {sinks + 1}; raise k or keep fewer sinks")
     if pool < 1 or pool % 2 == 0:
         raise ValueError(f"{pool=} is not an odd number of slots; expected 1 (no pooling), 3, 5, ...")
-    return dispatch.run(
-        "select_tokens", IMPLEMENTATIONS, implementation, scores, lengths, k=k, pool=pool, sinks=sinks
-    )
+    return dispatch.run("select_tokens", IMPLEMENTATIONS, implementation, scores, lengths, k=k, pool=pool, sinks=sinks)

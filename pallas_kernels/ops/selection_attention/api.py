@@ -39,6 +39,4 @@ def selection_attention(
     check_heads(q, k_sel, v_sel, q_rank=3, names=("k_sel", "v_sel"))
     check_shape("valid", valid, k_sel.shape[:3], "k_sel")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return dispatch.run(
-        "selection_attention", IMPLEMENTATIONS, implementation, q, k_sel, v_sel, valid, scale=scale
-    )
+    return dispatch.run("selection_attention", IMPLEMENTATIONS, implementation, q, k_sel, v_sel, valid, scale=scale)

@@ -41,12 +41,8 @@ def _family(model_type: str, query_heads: int, kv_heads: int, **fields) -> dict:
 # them.
 CONFIGS: dict[str, dict] = {
     "llama_2": _family("llama", 4, 4, rms_norm_eps=1e-5, rope_scaling=None, tie_word_embeddings=False),
-    "llama_3": _family(
-        "llama", 4, 2, rms_norm_eps=1e-5, rope_theta=500000.0, attention_bias=False, mlp_bias=False
-    ),
-    "llama_3.1": _family(
-        "llama", 8, 2, rms_norm_eps=1e-5, rope_theta=500000.0, head_dim=16, rope_scaling=_LLAMA3_ROPE
-    ),
+    "llama_3": _family("llama", 4, 2, rms_norm_eps=1e-5, rope_theta=500000.0, attention_bias=False, mlp_bias=False),
+    "llama_3.1": _family("llama", 8, 2, rms_norm_eps=1e-5, rope_theta=500000.0, head_dim=16, rope_scaling=_LLAMA3_ROPE),
     "llama_3.2": _family(
         "llama",
         4,
@@ -61,9 +57,7 @@ CONFIGS: dict[str, dict] = {
         "qwen2", 4, 2, rms_norm_eps=1e-6, rope_theta=1000000.0, use_sliding_window=False, sliding_window=4096
     ),
     "qwen2_tied": _family("qwen2", 4, 1, rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=True),
-    "qwen3": _family(
-        "qwen3", 4, 2, rms_norm_eps=1e-6, rope_theta=1000000.0, head_dim=32, attention_bias=False
-    ),
+    "qwen3": _family("qwen3", 4, 2, rms_norm_eps=1e-6, rope_theta=1000000.0, head_dim=32, attention_bias=False),
 }
 
 
@@ -84,9 +78,7 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj.weight": (embed, mlp),
     }
     if config["model_type"] == "qwen2":
-        layer |= {
-            f"self_attn.{name}_proj.bias": (width,) for name, width in (("q", query), ("k", kv), ("v", kv))
-        }
+        layer |= {f"self_attn.{name}_proj.bias": (width,) for name, width in (("q", query), ("k", kv), ("v", kv))}
     if config["model_type"] == "qwen3":
         layer |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in ("q", "k")}
     layers = range(config["num_hidden_layers"])

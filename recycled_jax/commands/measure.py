@@ -1,0 +1,62 @@
+"""How a policy does on one batch: what it generates, how fast, and what it reads."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from recycled_jax.decode import Params
+from recycled_jax.generate import generate
+from recycled_jax.model import Llama
+from recycled_jax.policies import Policy
+
+BLOCK = 8  # decode steps between two looks at the clock
+BLOCKS = 8  # the first may compile and is not timed
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """`tokens` of every row, `BLOCK * BLOCKS + 1` each, whatever they are: no row stops early, so that all policies
+    are timed at the same work. `step_seconds`: median over the timed blocks, for the whole batch. Bytes are of keys and
+    values, read per token and row."""
+
+    tokens: list[list[int]]
+    step_seconds: float
+    kv_bytes: float
+    dense_kv_bytes: float
+    steps: int
+    refreshes: float
+
+    @property
+    def effective_stride(self) -> float:
+        """Decode steps per refresh, over all rows and layers; infinite without any."""
+        return self.steps / self.refreshes if self.refreshes else float("inf")
+
+
+def measure(
+    model: Llama, params: Params, prompts: Sequence[Sequence[int]], *, policy: Policy, capacity: int
+) -> Measurement:
+    """Decodes a batch of prompts greedily and takes the time of decoding alone, after prefill and compilation."""
+    endless = model.clone(config=replace(model.config, eos_ids=()))
+    clock: list[float] = []
+    done = generate(
+        endless,
+        params,
+        prompts,
+        policy=policy,
+        max_new_tokens=BLOCK * BLOCKS + 1,
+        capacity=capacity,
+        block=BLOCK,
+        on_block=lambda _: clock.append(time.perf_counter()),
+    )
+    blocks = [end - start for start, end in pairwise(clock[1:])]  # clock[0] is the end of prefill
+    telemetry = done.telemetry
+    return Measurement(
+        done.tokens,
+        statistics.median(blocks) / BLOCK,
+        float(telemetry.kv_bytes_per_token().mean()),
+        float(telemetry.dense_kv_bytes_per_token().mean()),
+        BLOCK * BLOCKS,
+        float(telemetry.refreshes().mean()),
+    )
