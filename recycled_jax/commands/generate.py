@@ -126,9 +126,10 @@ def _encode(
 ) -> list[list[int]]:
     """The tokens of every prompt; raises ValueError for one that does not fit, before any work is done."""
     if capacity is None:
-        room, limit = checkpoint.config.max_length, "the model's length, beyond which only an explicit capacity goes,"
+        room = checkpoint.config.max_length
+        limit = f"the model's length is {room}; shorten the text, or give a capacity to go beyond"
     else:
-        room, limit = capacity, "capacity"
+        room, limit = capacity, f"capacity is {capacity}"
     rows = []
     for item in items:
         tokens = checkpoint.text.encode(item.text)
@@ -142,7 +143,7 @@ def _encode(
         if len(tokens) + max_new_tokens > room:
             raise ValueError(
                 f"{item.where} has a prompt of {len(tokens)} tokens, with max_new_tokens={max_new_tokens} it needs "
-                f"{len(tokens) + max_new_tokens} cache slots, {limit} is {room}"
+                f"{len(tokens) + max_new_tokens} cache slots, {limit}"
             )
         rows.append(tokens)
     return rows
