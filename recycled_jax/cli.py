@@ -12,7 +12,8 @@ from importlib.metadata import version
 
 from jsonargparse import ArgumentParser
 
-from recycled_jax.flags import nearest, parse
+from recycled_jax.flags import parse
+from recycled_jax.spelling import nearest
 
 # A command is the function of its name in the module of its name under `commands`, imported only when it is asked for.
 COMMANDS = {

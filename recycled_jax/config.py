@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -226,9 +225,7 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
 
 
 def _unknown(argument: str, value: object, valid: tuple[str, ...]) -> str:
-    close = get_close_matches(str(value), valid, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{argument}={value!r} is not supported, expected one of {', '.join(valid)}{hint}"
+    return f"{argument}={value!r} is not supported, expected one of {', '.join(valid)}"
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

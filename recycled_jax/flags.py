@@ -11,13 +11,14 @@ import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import docstring_parser
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
+
+from recycled_jax.spelling import nearest
 
 POLICY = "policy"
 DEFAULT_POLICY = "recycled"
@@ -60,13 +61,6 @@ def parse(function: Callable, arguments: Sequence[str], *, prog: str) -> dict[st
         knobs = values.pop(POLICY)
         values[POLICY] = PolicyChoice(knobs.pop("name"), knobs)
     return {name: value for name, value in values.items() if name in hints}
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of a sentence about an unknown `name`: what it may have meant, or what there is."""
-    valid = list(valid)
-    close = get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(valid)}"
 
 
 def describe_type(hint: Any) -> str:

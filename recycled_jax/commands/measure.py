@@ -17,7 +17,7 @@ BLOCKS = 8  # the first may compile and is not timed
 
 @dataclass(frozen=True)
 class Measurement:
-    """`tokens` of every row, `BLOCK * BLOCKS + 1` each, whatever they are: no row stops early, so that all policies
+    """`tokens` of every row, `steps + 1` each, whatever they are: no row stops early, so that all policies
     are timed at the same work. `step_seconds`: median over the timed blocks, for the whole batch. Bytes are of keys and
     values, read per token and row."""
 
@@ -35,9 +35,19 @@ class Measurement:
 
 
 def measure(
-    model: Llama, params: Params, prompts: Sequence[Sequence[int]], *, policy: Policy, capacity: int
+    model: Llama,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    policy: Policy,
+    capacity: int,
+    block: int = BLOCK,
+    blocks: int = BLOCKS,
 ) -> Measurement:
-    """Decodes a batch of prompts greedily and takes the time of decoding alone, after prefill and compilation."""
+    """Decodes a batch of prompts greedily and takes the time of decoding alone, after prefill and compilation.
+
+    `block` steps run between two looks at the clock: a multiple of the stride, so that every block refreshes alike.
+    """
     endless = model.clone(config=replace(model.config, eos_ids=()))
     clock: list[float] = []
     done = generate(
@@ -45,18 +55,18 @@ def measure(
         params,
         prompts,
         policy=policy,
-        max_new_tokens=BLOCK * BLOCKS + 1,
+        max_new_tokens=block * blocks + 1,
         capacity=capacity,
-        block=BLOCK,
+        block=block,
         on_block=lambda _: clock.append(time.perf_counter()),
     )
-    blocks = [end - start for start, end in pairwise(clock[1:])]  # clock[0] is the end of prefill
+    times = [end - start for start, end in pairwise(clock[1:])]  # clock[0] is the end of prefill
     telemetry = done.telemetry
     return Measurement(
         done.tokens,
-        statistics.median(blocks) / BLOCK,
+        statistics.median(times) / block,
         float(telemetry.kv_bytes_per_token().mean()),
         float(telemetry.dense_kv_bytes_per_token().mean()),
-        BLOCK * BLOCKS,
+        block * blocks,
         float(telemetry.refreshes().mean()),
     )

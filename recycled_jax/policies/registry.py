@@ -2,12 +2,12 @@
 
 import inspect
 from collections.abc import Callable
-from difflib import get_close_matches
 
 from recycled_jax.policies.policy import Policy, Recycling, RefreshAttention, RowRule
 from recycled_jax.policies.schedules import FixedStride, Never, QueryCheck, QueryPoint
 from recycled_jax.policies.scorers import AttentionScorer, GroupReduction, RecencyScorer
 from recycled_jax.policies.selectors import TopK
+from recycled_jax.spelling import nearest
 
 
 def full() -> Policy:
@@ -75,17 +75,9 @@ def make_policy(name: str, **knobs: object) -> Policy:
     Raises ValueError for an unknown name or knob, with the nearest valid one, and for values a part refuses.
     """
     if name not in POLICIES:
-        raise ValueError(f"policy={name!r} is unknown{_nearest(name, POLICIES)}")
+        raise ValueError(f"policy={name!r} is unknown; {nearest(name, POLICIES)}")
     valid = inspect.signature(POLICIES[name]).parameters
     for knob in knobs:
         if knob not in valid:
-            raise ValueError(f"policy.{knob} is not a knob of {name!r}{_nearest(knob, valid)}")
+            raise ValueError(f"policy.{knob} is not a knob of {name!r}; {nearest(knob, valid)}")
     return POLICIES[name](**knobs)
-
-
-def _nearest(name: str, valid) -> str:
-    if not valid:
-        return ", it has none"
-    close = get_close_matches(name, list(valid), n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f", expected one of {', '.join(valid)}{hint}"

@@ -144,7 +144,8 @@ def test_nested_loop_gives_the_same_tokens_and_the_same_state(k, stride):
     assert conditional.tokens == nested.tokens and conditional.log_probs == nested.log_probs
     np.testing.assert_array_equal(conditional.telemetry.refreshed, nested.telemetry.refreshed)
     left, right = final_state(policy), final_state(policy, nested=True)
-    jax.tree.map(np.testing.assert_array_equal, left, right)
+    for ours, theirs in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

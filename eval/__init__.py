@@ -1,0 +1,1 @@
+"""Evaluation: quality beside its dense ceiling (`eval.retrieval`), speed beside its floor (`eval.speed`)."""
