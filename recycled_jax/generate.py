@@ -88,10 +88,11 @@ def generate(
     a schedule other than a fixed stride.
     """
     sampling = Sampling() if sampling is None else sampling
+    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("block", block)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     tokens, lengths = pad(prompts, model.config.vocab, chunk)
     needed = int(lengths.max()) + max_new_tokens
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if capacity is None:
         capacity = -(-max(tokens.shape[1], needed) // _ALIGNMENT) * _ALIGNMENT
     elif capacity < needed:
@@ -273,8 +274,9 @@ def pad(
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{row}] is empty, expected at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            raise ValueError(f"prompts[{row}] holds token id {max(prompt)}, expected ids from 0 to {vocab - 1}")
+        outside = [token for token in prompt if not 0 <= token < vocab]
+        if outside:
+            raise ValueError(f"prompts[{row}] holds token id {outside[0]}, expected ids from 0 to {vocab - 1}")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), -(-int(lengths.max()) // chunk) * chunk), np.int32)
     for row, prompt in enumerate(prompts):

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -47,6 +47,11 @@ class AttentionScorer(Scorer):
     """
 
     group_reduction: GroupReduction = "max"
+
+    def __post_init__(self) -> None:
+        if self.group_reduction not in get_args(GroupReduction):
+            valid = ", ".join(get_args(GroupReduction))
+            raise ValueError(f"group_reduction={self.group_reduction!r} must be one of {valid}")
 
     def score(self, q, k, lengths, *, implementation):
         return token_scores(q, k, lengths, group_reduction=self.group_reduction, implementation=implementation)

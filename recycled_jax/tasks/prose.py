@@ -45,15 +45,15 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text).strip()) if sentence]
 
 
-def read_haystack(path: str | Path) -> list[str]:
-    """The sentences of a UTF-8 text file.
+def read_haystack(path: str | Path, *, argument: str = "haystack") -> list[str]:
+    """The sentences of a UTF-8 text file, which the user gave as `argument`.
 
     Raises FileNotFoundError when there is no such file, ValueError when it is not UTF-8 or holds no sentence.
     """
     try:
         sentences = split_sentences(Path(path).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"haystack={str(path)!r} is not UTF-8 text: byte {error.start} is invalid") from error
+        raise ValueError(f"{argument}={str(path)!r} is not UTF-8 text: byte {error.start} is invalid") from error
     if not sentences:
-        raise ValueError(f"haystack={str(path)!r} is empty, expected text with at least one sentence")
+        raise ValueError(f"{argument}={str(path)!r} is empty, expected text with at least one sentence")
     return sentences

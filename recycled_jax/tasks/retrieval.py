@@ -5,6 +5,7 @@ be looked up again after each one. The wording is this project's own (`TEMPLATE_
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -39,7 +40,7 @@ def number_fact(key: str, value: str) -> Fact:
 
 def path_facts(stages: Sequence[str]) -> tuple[list[str], Fact]:
     """The sentences of a path through `stages`, one per hop, and the question that asks for all of it."""
-    hops = [f"From {here} go to {there}." for here, there in zip(stages, stages[1:], strict=False)]
+    hops = [f"From {here} go to {there}." for here, there in itertools.pairwise(stages)]
     first, rest = hops[0].split(" go to ", 1)
     answer = " ".join([rest, *hops[1:]])
     return hops, Fact(hops[0], f"Which way leads from {stages[0]}?", f"{first} go to", f" {answer}")
@@ -103,38 +104,62 @@ def make_example(
     """Example `index` of a task, its prompt and answer together filling at most `length` tokens.
 
     Depends on its arguments only, never on how many examples are made. Facts stand at random sentence boundaries of
-    the filler: sentences of `haystack` from a random start on (repeated if it is short), or generated ones.
+    the filler: sentences of `haystack` from a random start on (repeated if it is short, cut where one is so long that
+    the text could not be filled well), or generated ones.
     `encode` must count tokens as the model sees them, special tokens included.
     Raises ValueError when even the bare facts and question do not fit, naming the smallest length that works.
     """
-    rng = _generator(task, length, seed, index)
-    hidden, asked, outputs = _facts(task, rng)
-    depths = rng.random(len(hidden))
-    if haystack is None:
-        filler = generated_sentences(rng, max(1, length // 6))
-    else:
-        start = rng.integers(len(haystack))
-        filler = [haystack[(start + i) % len(haystack)] for i in range(max(1, length // 2))]
-    gen_tokens = len(encode(asked.answer)) + 1
-
-    def build(sentences: int) -> Example:
-        text = " ".join(hide(hidden, depths, filler[:sentences]))
-        return Example(index, text, f"\n{asked.question} ", asked.prompt, outputs, asked.answer, gen_tokens)
-
-    def fits(sentences: int) -> bool:
-        return len(encode(build(sentences).prompt)) + gen_tokens <= length
-
-    if not fits(0):
-        least = len(encode(build(0).prompt)) + gen_tokens
+    draft = _Draft(task, length, seed, index, encode)
+    if draft.tokens(()) > length:
+        longer = (_Draft(task, n, seed, index, encode) for n in itertools.count(max(length, 0) + 1))
+        least = next(bare.length for bare in longer if bare.tokens(()) <= bare.length)
         raise ValueError(f"length={length} is too short for {task}, the smallest that works here is {least} tokens")
+    if haystack is None:
+        filler = generated_sentences(draft.rng, max(1, length // 6))
+    else:
+        filler = _stretch(haystack, int(draft.rng.integers(len(haystack))), length)
     low, high = 0, len(filler)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return build(low)
+        low, high = (middle, high) if draft.tokens(filler[:middle]) <= length else (low, middle - 1)
+    return draft.build(filler[:low])
 
 
-def hide(hidden: Sequence[str], depths: Sequence[float], filler: Sequence[str]) -> list[str]:
+class _Draft:
+    """The random part of an example: everything but its filler, which `rng` may still choose."""
+
+    def __init__(self, task: RetrievalTask, length: int, seed: int, index: int, encode: Encode):
+        self.length, self.index, self.encode = length, index, encode
+        self.rng = _generator(task, length, seed, index)
+        self.hidden, self.asked, self.outputs = _facts(task, self.rng)
+        self.depths = self.rng.random(len(self.hidden)).tolist()
+        self.gen_tokens = len(encode(self.asked.answer)) + 1
+
+    def build(self, filler: Sequence[str]) -> Example:
+        text = " ".join(hide(self.hidden, self.depths, filler))
+        question, prefix, gold = f"\n{self.asked.question} ", self.asked.prompt, self.asked.answer
+        return Example(self.index, text, question, prefix, self.outputs, gold, self.gen_tokens)
+
+    def tokens(self, filler: Sequence[str]) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.encode(self.build(filler).prompt)) + self.gen_tokens
+
+
+def _stretch(haystack: Sequence[str], start: int, length: int) -> list[str]:
+    """Sentences from `start` on, `length` words at least, which are more than `length` tokens. Sentences of more than
+    a small part of that are cut, as those of a text without full stops."""
+    most = max(16, length // 32)
+    pieces: list[str] = []
+    total = 0
+    for at in itertools.count(start):
+        words = haystack[at % len(haystack)].split(" ")
+        pieces += [" ".join(cut) for cut in itertools.batched(words[: length + most], most)]
+        total += len(words)
+        if total >= length:
+            return pieces
+
+
+def hide[T](hidden: Sequence[T], depths: Sequence[float], filler: Sequence[T]) -> list[T]:
     """`filler` with each of `hidden` inserted at its depth (0 the beginning, 1 the end), at sentence boundaries."""
     places = sorted((int(depth * (len(filler) + 1)), order) for order, depth in enumerate(depths))
     sentences = list(filler)
@@ -165,7 +190,7 @@ def _facts(task: RetrievalTask, rng: np.random.Generator) -> tuple[list[str], Fa
         if value not in values:
             values.append(value)
     facts = [number_fact(key, value) for key, value in zip(keys, values, strict=True)]
-    asked = rng.integers(task.keys)
+    asked = int(rng.integers(task.keys))
     return [fact.sentence for fact in facts], facts[asked], (values[asked],)
 
 

@@ -1,11 +1,14 @@
 """Logits equal those of transformers, in float32, for every family (identity 6)."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from recycled_jax.config import LlamaConfig
+from recycled_jax.decode import decode_step, prefill
 from recycled_jax.hf import load_hf, save_hf
+from recycled_jax.policies import make_policy
 from recycled_jax.rope import frequencies
 from tests.recycled_jax.parity import families
 
@@ -24,6 +27,26 @@ def test_logits_match_the_golden_files(name, tmp_path):
     expected = families.golden(name)
     assert expected.std() > 0.5  # the comparison means something
     np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoding_after_a_prefill_matches_the_golden_files(name, tmp_path):
+    model, params = load_hf(families.write_checkpoint(tmp_path, name))
+    tokens, expected = families.tokens(name), families.golden(name)
+    prompt, policy = np.array([24, 9], np.int32), make_policy("full")
+    padded = np.zeros((2, 32), np.int32)
+    for row, length in enumerate(prompt):
+        padded[row, :length] = tokens[row, :length]
+    # chunks of 8, so that the longer prompt takes three and its row's last token stands in another chunk
+    logits, state = jax.jit(
+        lambda params, tokens, lengths: prefill(model, params, tokens, lengths, policy=policy, capacity=64, chunk=8)
+    )(params, padded, prompt)
+    step = jax.jit(lambda params, state, token: decode_step(model, params, state, token, policy=policy)[:2])
+    for taken in range(24):
+        for row, length in enumerate(prompt + taken):
+            np.testing.assert_allclose(logits[row], expected[row, length - 1], rtol=0, atol=TOLERANCE)
+        token = jnp.asarray([tokens[row, length] for row, length in enumerate(prompt + taken)])
+        logits, state = step(params, state, token)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
