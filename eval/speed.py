@@ -1,8 +1,9 @@
 """Time of a decode step, full against recycled: `python -m eval.speed --lengths '[4096, 16384]' --out speed.json`.
 
-One row, one process; for each length full, recycled, and full again (its drift tells how quiet the machine was). The
-floor of a step is the bytes it must read, weights once and the keys and values of the schedule, at the rate at which
-this machine copies memory in the same run.
+One row, one process. For each length: full, the two kinds of step of the recycled policy alone, the policy as it runs
+(with both kinds of refresh), and full again, whose drift tells how quiet the machine was. The floor of a step is the
+bytes it must read, weights once and the keys and values of the schedule, at the rate at which this machine reads
+memory in the same run.
 """
 
 import json
@@ -17,7 +18,7 @@ from jsonargparse import auto_cli
 from eval.provenance import provenance
 from recycled_jax.commands.loading import Checkpoint
 from recycled_jax.commands.measure import Measurement, measure
-from recycled_jax.policies import make_policy
+from recycled_jax.policies import AttentionScorer, Never, Policy, Recycling, TopK, make_policy
 from recycled_jax.tasks.prose import generated_sentences
 
 
@@ -33,56 +34,67 @@ def speed(
     checkpoint = Checkpoint.find(model)
     network, params = checkpoint.load("float32")
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    copy_rate = _copy_rate()
+    rate = _read_rate()
     sentences = generated_sentences(np.random.default_rng(0), max(lengths) // 4)
     tokens = checkpoint.text.encode(" ".join(sentences))
-    recycled = make_policy("recycled", k=k, stride=stride)
+    policies = {
+        "full": make_policy("full"),
+        "recycled_step": Policy("recycled steps only", Recycling(AttentionScorer(), TopK(k, pool=7), Never())),
+        "refresh_step": make_policy("recycled", k=k, stride=1),
+        "recycled": make_policy("recycled", k=k, stride=stride),
+        "recycled_score_only": make_policy("recycled", k=k, stride=stride, refresh="selection"),
+        "full_again": make_policy("full"),
+    }
     cells = []
     for length in lengths:
+        prompt = (tokens * -(-length // len(tokens)))[:length]
 
-        def run(policy, length=length) -> Measurement:
-            return measure(
-                network,
-                params,
-                [(tokens * -(-length // len(tokens)))[:length]],
-                policy=policy,
-                capacity=length + stride * blocks + 1,
-                block=stride,
-                blocks=blocks,
+        def run(policy: Policy, prompt=prompt) -> Measurement:
+            capacity = len(prompt) + stride * blocks + 1
+            return measure(network, params, [prompt], policy=policy, capacity=capacity, block=stride, blocks=blocks)
+
+        steps = {name: run(policy) for name, policy in policies.items()}
+        full = min(steps["full"].step_seconds, steps["full_again"].step_seconds)
+        for name, step in steps.items():
+            floor = (weight_bytes + step.kv_bytes) / rate
+            cells.append(
+                {
+                    "kind": "measured",
+                    "length": length,
+                    "step": name,
+                    "ms": 1e3 * step.step_seconds,
+                    "floor_ms": 1e3 * floor,
+                    "kv_bytes": step.kv_bytes,
+                    "ratio_to_full": full / step.step_seconds,
+                    "ideal_ratio": (weight_bytes + steps["full"].kv_bytes) / (weight_bytes + step.kv_bytes),
+                }
             )
-
-        full, ours, again = run(make_policy("full")), run(recycled), run(make_policy("full"))
-        floors = [(weight_bytes + m.kv_bytes) / copy_rate for m in (full, ours)]
-        cells.append(
-            {
-                "kind": "measured",
-                "length": length,
-                "full_ms": 1e3 * full.step_seconds,
-                "recycled_ms": 1e3 * ours.step_seconds,
-                "full_again_ms": 1e3 * again.step_seconds,
-                "ratio": min(full.step_seconds, again.step_seconds) / ours.step_seconds,
-                "full_floor_ms": 1e3 * floors[0],
-                "recycled_floor_ms": 1e3 * floors[1],
-                "ideal_ratio": floors[0] / floors[1],
-                "full_kv_bytes": full.kv_bytes,
-                "recycled_kv_bytes": ours.kv_bytes,
-            }
-        )
-        print(json.dumps(cells[-1]))
-    result = {**provenance(), "policy": {"name": "recycled", "k": k, "stride": stride}, "batch": 1}
-    result |= {"weight_bytes": weight_bytes, "copy_bytes_per_second": copy_rate, "cells": cells}
+        print(table([cell for cell in cells if cell["length"] == length]))
+    result = {**provenance(), "policy": {"name": "recycled", "k": k, "stride": stride}, "batch": 1, "dtype": "float32"}
+    result |= {"weight_bytes": weight_bytes, "read_bytes_per_second": rate, "cells": cells}
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _copy_rate() -> float:
-    """Bytes per second of a large copy, counting those read only, best of 10."""
+def table(cells: list[dict]) -> str:
+    """Markdown, a row per kind of step."""
+    lines = ["| context | step | ms | floor ms | KV read | x full | x full by bytes |", "|---" * 7 + "|"]
+    lines += [
+        f"| {c['length']} | {c['step']} | {c['ms']:.2f} | {c['floor_ms']:.2f} | {c['kv_bytes'] / 1e6:.1f} MB "
+        f"| {c['ratio_to_full']:.1f} | {c['ideal_ratio']:.1f} |"
+        for c in cells
+    ]
+    return "\n".join(lines)
+
+
+def _read_rate() -> float:
+    """Bytes per second at which a large array is read, best of 10."""
     source = jnp.ones(1 << 26, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(copy(source))
+    total = jax.jit(jnp.sum)
+    jax.block_until_ready(total(source))
     best = float("inf")
     for _ in range(10):
         started = time.perf_counter()
-        jax.block_until_ready(copy(source))
+        jax.block_until_ready(total(source))
         best = min(best, time.perf_counter() - started)
     return source.nbytes / best
 

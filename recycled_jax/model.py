@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
-from pallas_kernels import causal_attention
 
+from pallas_kernels import causal_attention
 from recycled_jax import rope
 from recycled_jax.config import LlamaConfig
 from recycled_jax.weights import layer_weights, model_weights
@@ -53,7 +53,7 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # inferred from its default, 0, as int
             length=self.config.layers,
         )(self.config, self.param_dtype, name="layers")
         x, _ = layers(x, rope.angles(self.config, positions))
@@ -94,7 +94,7 @@ def attention_inputs(
     """Queries, keys and values of a layer, queries and keys before rotation (after q/k norm where there is one)."""
     with jax.named_scope("attention/project"):
         x = rms_norm(x, w["input_norm"], config.norm_eps)
-        q, k, v = (jnp.einsum("bte,ehd->bhtd", x, w[name].astype(x.dtype)) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (_to_heads(x, w[name]) for name in ("q_proj", "k_proj", "v_proj"))
         if config.qkv_bias:
             q, k, v = (
                 heads + w[name].astype(x.dtype)[None, :, None, :]
@@ -110,7 +110,19 @@ def attention_output(
 ) -> Float[Array, "batch tokens embed"]:
     """What attention adds to the residual stream."""
     with jax.named_scope("attention/output"):
-        return jnp.einsum("bhtd,hde->bte", attended, w["o_proj"].astype(attended.dtype))
+        batch, _, tokens, _ = attended.shape
+        merged = attended.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+        return merged @ w["o_proj"].reshape(merged.shape[-1], -1).astype(attended.dtype)
+
+
+def _to_heads(
+    x: Float[Array, "batch tokens embed"], weight: Float[Array, "embed heads head_dim"]
+) -> Float[Array, "batch heads tokens head_dim"]:
+    # As one plain matrix product: an einsum straight to this layout makes XLA transpose a copy of the weight at every
+    # decode step instead of the small result.
+    batch, tokens, embed = x.shape
+    product = x @ weight.reshape(embed, -1).astype(x.dtype)
+    return product.reshape(batch, tokens, *weight.shape[1:]).transpose(0, 2, 1, 3)
 
 
 def mlp(

@@ -85,7 +85,11 @@ def attend(
             return attended, aged, jnp.full(lengths.shape, jnp.nan)
 
     def refresh(selection: Selection):
-        aged_attended, aged, _ = reuse(selection)
+        # What the rows that do not refresh get: when all that are active do, nothing is worth computing for the others.
+        if recycling.rows_agree:
+            other_attended, other = jnp.zeros_like(token.q), selection
+        else:
+            other_attended, other, _ = reuse(selection)
         with jax.named_scope("attention/refresh"):
             k, v = cache.k[layer], cache.v[layer]
             if recycling.refresh == "full":
@@ -100,9 +104,8 @@ def attend(
                 attended = selection_attention(
                     token.q, selected_k, selected_v, positions >= 0, implementation=implementation
                 )
-            # rows that did not ask for it keep their aged selection, so that each row gets what it gets alone
             fresh = (positions, selected_k, selected_v)
-            stacks = (aged.positions, aged.k, aged.v)
+            stacks = (other.positions, other.k, other.v)
             new = Selection(
                 *(
                     stack.at[layer].set(_where_rows(refreshing, part, stack[layer]))
@@ -111,7 +114,7 @@ def attend(
             )
             overlap = selection_overlap(selection.positions[layer], positions, lengths - 1 - since)
             return (
-                _where_rows(refreshing, attended, aged_attended),
+                _where_rows(refreshing, attended, other_attended),
                 new,
                 jnp.where(refreshing, overlap, jnp.nan),
             )

@@ -1,6 +1,7 @@
 """Checkpoints of a run: the train state under `<out>/checkpoints/<step>`, written in the background, newest kept."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,48 @@ from orbax.checkpoint import v1 as ocp
 from train.config import TrainConfig
 from train.step import TrainState
 
+# the settings that change what a run computes; the others may differ when it is resumed
+_RESULTS = ("seed", "model", "data", "optimizer", "stages", "dtype")
+
 
 class Checkpoints:
-    """Saves and restores the train state of one run directory."""
+    """Saves and restores the train state of one run directory.
+
+    `<out>/config.json` is the config of the checkpoints. Raises ValueError, naming a setting, when `out` has
+    checkpoints of a run that would compute something else.
+    """
 
     def __init__(self, config: TrainConfig):
-        self._root = Path(config.out).absolute() / "checkpoints"
-        self._root.mkdir(parents=True, exist_ok=True)
-        _refuse_other_config(Path(config.out) / "config.json", config)
+        out = Path(config.out).absolute()
+        out.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.training.Checkpointer(
-            self._root,
-            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
+            str(out / "checkpoints"),
+            # the policies that orbax ships are annotated with another metadata class than its own protocol
+            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
+        ours = json.loads(json.dumps(asdict(config)))
+        if self.step is None:
+            (out / "config.json").write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+            return
+        theirs = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        for name, there, here in _differences(theirs, ours):
+            if name.split(".")[0] in _RESULTS:
+                self.close()
+                raise ValueError(
+                    f"out={config.out!r} holds a run with another {name}: {there!r} there, {here!r} here; choose "
+                    "another out or restore the setting"
+                )
+
+    @property
+    def step(self) -> int | None:
+        """Steps taken by the newest complete checkpoint; None when there is none."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The newest complete checkpoint, laid out as `abstract`; None when there is none."""
-        latest = self._checkpointer.latest
-        return None if latest is None else self._checkpointer.load(latest.step, abstract)
+        return None if self.step is None else self._checkpointer.load(self.step, abstract)
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts writing `state`; it may be donated to the next step as soon as this returns."""
@@ -38,19 +63,10 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def _refuse_other_config(path: Path, config: TrainConfig) -> None:
-    ours = json.loads(json.dumps(asdict(config)))
-    if not path.exists():
-        path.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-        return
-    theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in _RESULTS if theirs.get(name) != ours[name]]
-    if changed:
-        raise ValueError(
-            f"out={config.out!r} holds a run with another {changed[0]}: {theirs.get(changed[0])!r} there, "
-            f"{ours[changed[0]]!r} here; choose another out or restore the setting"
-        )
-
-
-# the settings that change what a run computes; the others may differ when it is resumed
-_RESULTS = ("seed", "model", "data", "optimizer", "stages")
+def _differences(theirs: dict, ours: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for name, here in ours.items():
+        there = theirs.get(name)
+        if isinstance(here, dict) and isinstance(there, dict):
+            yield from _differences(there, here, f"{prefix}{name}.")
+        elif there != here:
+            yield prefix + name, there, here

@@ -1,7 +1,19 @@
 """What a training run is made of: typed dataclasses, filled from YAML and from flags, checked on construction."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from recycled_jax.tasks.words import KEYS
+
+
+def _check(settings: Any, prefix: str, names: Iterable[str], *, at_least: float, at_most: float = math.inf) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not at_least <= value <= at_most:
+            bounds = f"at least {at_least}" if at_most == math.inf else f"between {at_least} and {at_most}"
+            raise ValueError(f"{prefix}{name}={value} must be {bounds}")
 
 
 @dataclass(frozen=True)
@@ -39,9 +51,10 @@ class Stage:
     skip_share: float = 0.7
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch", "steps", "facts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"stages: {name}={getattr(self, name)} must be at least 1")
+        _check(self, "stages: ", ("length", "batch", "steps"), at_least=1)
+        _check(self, "stages: ", ("text_weight",), at_least=0)
+        _check(self, "stages: ", ("skip_share",), at_least=0, at_most=1)
+        _check(self, "stages: ", ("facts",), at_least=1, at_most=len(KEYS))
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,14 @@ class Data:
     max_position: int = 16384
     tokenizer_merges: int = 1689
 
+    def __post_init__(self) -> None:
+        _check(self, "data.", ("text_share", "chain_share"), at_least=0, at_most=1)
+        _check(self, "data.", ("max_position",), at_least=1)
+        _check(self, "data.", ("tokenizer_merges",), at_least=0)
+        low, high = self.digits
+        if not 1 <= low <= high <= 18:
+            raise ValueError(f"data.digits={list(self.digits)} must be two numbers of digits, 1 <= low <= high <= 18")
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -67,6 +88,13 @@ class Optimizer:
     clip: float = 1.0
     weight_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check(self, "optimizer.", ("warmup", "weight_decay"), at_least=0)
+        _check(self, "optimizer.", ("final",), at_least=0, at_most=1)
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be above 0")
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -75,6 +103,11 @@ class Mesh:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"mesh={asdict(self)} must have sizes of at least 1, or -1 in one place")
 
 
 @dataclass(frozen=True)
@@ -99,6 +132,12 @@ class TrainConfig:
     log_every: int = 10
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages=[] must have at least one stage")
+        _check(self, "", ("seed",), at_least=0)
+        _check(self, "", ("save_every", "keep", "evaluate_every", "evaluate_examples", "log_every"), at_least=1)
 
     @property
     def steps(self) -> int:

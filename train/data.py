@@ -14,6 +14,7 @@ from recycled_jax.tasks.prose import generated_sentences
 from recycled_jax.tasks.retrieval import Fact, hide, number_fact, path_facts, random_value
 from recycled_jax.tasks.words import KEYS
 from train.config import Data, Stage
+from train.tokenizer import BOS, EOS
 
 
 class Batch(NamedTuple):
@@ -31,7 +32,8 @@ class RetrievalMixture:
     def __init__(self, config: Data, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str], seed: int):
         self.config = config
         self.seed = seed
-        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        vocabulary = tokenizer.get_vocab()
+        self.bos, self.eos = vocabulary[BOS], vocabulary[EOS]
         self._tokenizer = tokenizer
         self._texts = self._encode([f" {sentence}" for sentence in sentences])
         prose = generated_sentences(np.random.default_rng([seed, 1]), 20_000)
@@ -43,7 +45,7 @@ class RetrievalMixture:
         return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
 
     def _row(self, rng: np.random.Generator, stage: Stage) -> Batch:
-        hidden, asked = self._facts(rng, rng.integers(1, stage.facts + 1))
+        hidden, asked = self._facts(rng, int(rng.integers(1, stage.facts + 1)))
         hidden_ids = self._encode([f" {sentence}" for sentence in hidden])
         prompts = self._encode([fact.exchange for fact in asked])
         answers = self._encode([fact.answer for fact in asked])
@@ -83,7 +85,7 @@ class RetrievalMixture:
             starts = [path_facts(names[i : hops + 1])[1] for i in rng.permutation(hops)[:2]]
             return sentences, [asked, *starts]
         low, high = self.config.digits
-        facts = [number_fact(name, random_value(rng, rng.integers(low, high + 1))) for name in names[:count]]
+        facts = [number_fact(name, random_value(rng, int(rng.integers(low, high + 1)))) for name in names[:count]]
         return [fact.sentence for fact in facts], [facts[i] for i in rng.permutation(count)]
 
     def _context(self, rng: np.random.Generator, hidden: list[list[int]], room: int) -> list[tuple[list[int], bool]]:
@@ -96,7 +98,7 @@ class RetrievalMixture:
             filler.append(sentence)
             room -= len(sentence)
             at += 1
-        depths = rng.random(len(hidden))
+        depths = rng.random(len(hidden)).tolist()
         facts = {id(ids) for ids in hidden}
         return [(ids, id(ids) in facts) for ids in hide(hidden, depths, filler)]
 

@@ -3,6 +3,8 @@
 That is greedy decoding's exact match without decoding, so it can run inside training.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ class RetrievalEvaluation:
             name: [_row(tokenizer, TASKS[name], length, seed, index) for index in range(examples)]
             for name in ("single", "multikey", "chain")
         }
-        self._right = jax.jit(lambda params, tokens: jnp.argmax(model.apply(params, tokens), axis=-1))
+        self._choice = jax.jit(lambda params, tokens: jnp.argmax(cast(jax.Array, model.apply(params, tokens)), axis=-1))
 
     def __call__(self, params) -> dict[str, float]:
         """Share of examples answered exactly, per task."""
@@ -29,7 +31,7 @@ class RetrievalEvaluation:
         for name, rows in self._rows.items():
             right = []
             for tokens, answer in rows:
-                choice = np.asarray(self._right(params, tokens[None]))[0]
+                choice = np.asarray(self._choice(params, tokens[None]))[0]
                 where = np.flatnonzero(answer)
                 right.append((choice[where - 1] == tokens[where]).all())
             scores[f"{name}_{self.length}"] = float(np.mean(right))

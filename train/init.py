@@ -12,6 +12,9 @@ of mimetic initialisation, Trockman and Kolter 2023, arXiv 2305.09828; the const
 - all later layers: `v_proj` then `o_proj` copy what is attended, so a head that finds a token votes for it.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +32,7 @@ SLOW = 1e-3  # radians per token: slower rotary pairs serve matching
 MATCHES = (((2, 3), (0, 1)), ((3, 4), (1, 2)))
 
 
-def retrieval_init(config: LlamaConfig, params: dict, key: jax.Array) -> dict:
+def retrieval_init(config: LlamaConfig, params: Mapping[str, Any], key: jax.Array) -> dict:
     """`params` (fresh, plain) with the structure above put in.
 
     Raises ValueError for a model without biases on q and k, and for sizes that have no room for it.
@@ -46,6 +49,8 @@ def retrieval_init(config: LlamaConfig, params: dict, key: jax.Array) -> dict:
             f"init='retrieval' needs at least 4 query heads, slow rotary channels (there are {width}), and embed="
             f"{config.embed} of at least query_heads x those channels and kv_heads x head_dim"
         )
+    if config.head_dim < 2 * OFFSET_PAIRS:
+        raise ValueError(f"init='retrieval' needs head_dim={config.head_dim} to be at least {2 * OFFSET_PAIRS}")
     layers = dict(params["params"]["layers"])
     keys = jax.random.split(key, config.layers + 1)
     token = _orthonormal(keys[0], config.embed, width)

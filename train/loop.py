@@ -1,15 +1,19 @@
 """A run from its first step, or from its newest checkpoint, to its last; progress, metrics and export on the way."""
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -23,57 +27,62 @@ from train.config import TrainConfig
 from train.data import Batch, RetrievalMixture
 from train.evaluate import RetrievalEvaluation
 from train.step import Metrics, abstract_state, init_state, make_mesh, make_optimizer, make_train_step
-from train.tokenizer import train_tokenizer
+from train.tokenizer import BOS, EOS, PAD, train_tokenizer
 
 
-def train(config: TrainConfig) -> Path:
-    """Trains, and returns the exported Hugging Face folder `<out>/hf`.
+def train(config: TrainConfig) -> Path | None:
+    """Trains, and returns the exported Hugging Face folder `<out>/hf`; None when SIGTERM stopped it before the end.
 
     Resumes from the newest checkpoint in `out`; SIGTERM saves one and stops. Metrics are appended to
-    `<out>/metrics.jsonl`, one JSON object per logged step.
+    `<out>/metrics.jsonl`, one JSON object per logged step and one per evaluation.
     """
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(config)
-    sentences = [sentence for path in config.data.texts for sentence in read_haystack(path)]
-    tokenizer = _tokenizer(out / "tokenizer", sentences, config)
-    model = Llama(model_config(config, tokenizer), dtype=jnp.dtype(config.dtype), remat=config.remat)
+    sentences = [sentence for path in config.data.texts for sentence in read_haystack(path, argument="data.texts")]
     mesh = make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, model.config, config.steps)
-    state = checkpoints.restore(abstract_state(model, optimizer, mesh))
-    if state is None:
-        state = init_state(model, optimizer, mesh, config.seed, config.model.init)
-    first = int(state.step)
-    step_fn = make_train_step(model, optimizer, mesh)
-    mixture = RetrievalMixture(config.data, tokenizer, sentences, config.seed)
-    tqdm.write(f"{parameter_count(model.config):,} parameters, {config.steps} steps, starting at step {first}")
-    stop = _StopOnSigterm()
-    evaluation = RetrievalEvaluation(
-        model, tokenizer, length=config.evaluate_length, examples=config.evaluate_examples, seed=config.seed + 1
-    )
-    log = _Log(out / "metrics.jsonl")
-    with tqdm(total=config.steps, initial=first, unit="step", disable=None) as bar:
-        for step, batch in _batches(mixture, config, first):
-            state, metrics = step_fn(state, batch)
-            if (step + 1) % config.log_every == 0:
-                log.write(step + 1, metrics, batch, bar)
-            bar.update()
-            last = step + 1 == config.steps
-            if last or stop.asked or (step + 1) % config.save_every == 0:
-                checkpoints.save(step + 1, state)
-            if last or (step + 1) % config.evaluate_every == 0:
-                log.note(step + 1, evaluation(state.params))
-            if stop.asked:
-                break
-    checkpoints.close()
-    if not stop.asked:
-        save_hf(out / "hf", model, state.params, tokenizer=tokenizer)
+    _check_batches(config, mesh)
+    with _StopOnSigterm() as stop, closing(Checkpoints(config)) as checkpoints:
+        first = done = checkpoints.step or 0
+        tokenizer = _tokenizer(out / "tokenizer", sentences, config, resumed=first > 0)
+        model = Llama(model_config(config, tokenizer), dtype=jnp.dtype(config.dtype), remat=config.remat)
+        evaluation = RetrievalEvaluation(
+            model, tokenizer, length=config.evaluate_length, examples=config.evaluate_examples, seed=config.seed + 1
+        )
+        optimizer = make_optimizer(config.optimizer, model.config, config.steps)
+        state = checkpoints.restore(abstract_state(model, optimizer, mesh))
+        if state is None:
+            state = init_state(model, optimizer, mesh, config.seed, config.model.init)
+        step_fn = make_train_step(model, optimizer, mesh)
+        mixture = RetrievalMixture(config.data, tokenizer, sentences, config.seed)
+        tqdm.write(f"{parameter_count(model.config):,} parameters, {config.steps} steps, starting at step {first}")
+        with (
+            closing(_Log(out / "metrics.jsonl", first)) as log,
+            tqdm(total=config.steps, initial=first, unit="step", disable=None) as bar,
+        ):
+            for step, batch in _batches(mixture, config, first):
+                state, metrics = step_fn(state, batch)
+                bar.update()
+                done = step + 1
+                if done % config.log_every == 0:
+                    log.write(done, metrics, batch, bar)
+                if done == config.steps or done % config.evaluate_every == 0:
+                    log.note(done, evaluation(state.params))
+                stopping = stop.asked and done < config.steps
+                # last of all: what is logged up to a checkpoint is not computed again by the run that resumes there
+                if done == config.steps or stopping or done % config.save_every == 0:
+                    checkpoints.save(done, state)
+                if stopping:
+                    break
+    if done < config.steps:
+        tqdm.write(f"stopped at step {done} of {config.steps}; the same command goes on from there")
+        return None
+    save_hf(out / "hf", model, state.params, tokenizer=tokenizer)
     return out / "hf"
 
 
 def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """The model of a run; tied embeddings, the vocabulary rounded up to a multiple of 128."""
     sizes = config.model
+    ids = tokenizer.get_vocab()
     return LlamaConfig(
         model_type=sizes.model_type,
         vocab=-(-len(tokenizer) // 128) * 128,
@@ -86,14 +95,22 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
         rope_theta=sizes.rope_theta,
         max_length=sizes.max_length,
         tie_embeddings=True,
-        bos_id=tokenizer.bos_token_id,
-        eos_ids=(tokenizer.eos_token_id,),
-        pad_id=tokenizer.pad_token_id,
+        bos_id=ids[BOS],
+        eos_ids=(ids[EOS],),
+        pad_id=ids[PAD],
     )
 
 
-def _tokenizer(path: Path, sentences: list[str], config: TrainConfig) -> PreTrainedTokenizerFast:
-    if not path.exists():
+def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for stage in config.stages:
+        if stage.batch % shards:
+            raise ValueError(f"stages: batch={stage.batch} must be a multiple of data x fsdp = {shards} devices")
+
+
+def _tokenizer(path: Path, sentences: list[str], config: TrainConfig, *, resumed: bool) -> PreTrainedTokenizerFast:
+    # without a checkpoint, what lies there may be half written or of other settings
+    if not resumed:
         prose = generated_sentences(np.random.default_rng(config.seed), 5000)
         train_tokenizer([*sentences, *prose], merges=config.data.tokenizer_merges).save_pretrained(path)
     return AutoTokenizer.from_pretrained(path)
@@ -110,7 +127,13 @@ def _batches(mixture: RetrievalMixture, config: TrainConfig, first: int) -> Iter
 
 
 class _Log:
-    def __init__(self, path: Path):
+    """Appends to `metrics.jsonl`, after dropping what a killed run logged beyond step `first`."""
+
+    def __init__(self, path: Path, first: int):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = path.with_suffix(".partial")
+        kept.write_text("".join(line for line in lines if _step_of(line) <= first), encoding="utf-8")
+        kept.replace(path)
         self._file = path.open("a", encoding="utf-8")
         self._since = time.perf_counter()
         self._step: int | None = None
@@ -129,13 +152,27 @@ class _Log:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for one that was cut short."""
+    return json.loads(line)["step"] if line.endswith("}\n") else math.inf
+
 
 class _StopOnSigterm:
-    """`asked` turns true when the process is told to terminate, so that the loop can save first."""
+    """Within its context, `asked` turns true when the process is told to terminate, so that the loop can save first."""
 
     def __init__(self) -> None:
         self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGTERM, self._before)
 
     def _ask(self, *_) -> None:
         self.asked = True

@@ -1,6 +1,7 @@
 """The train step: state in, state out, compiled for a mesh; and the optimiser."""
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def make_mesh(sizes: MeshSizes) -> Mesh:
 
 def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
     """Linear warm-up, then cosine to `final` of the peak at the last step."""
-    warmup = min(config.warmup, max(1, steps // 2))
+    warmup = min(config.warmup, steps // 2)
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, steps, end_value=config.final * config.learning_rate
     )
@@ -83,9 +84,11 @@ def _matrix_axes(weight: Weight):
     return optax.contrib.MuonDimensionNumbers(reduction_axis=axes[: weight.inputs], output_axis=axes[weight.inputs :])
 
 
-def loss_and_metrics(model: Llama, params: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def loss_and_metrics(
+    model: Llama, params: Any, batch: Batch
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     """Weighted next-token cross-entropy, and (text loss, answer loss, answer accuracy)."""
-    logits = model.apply(params, batch.tokens, batch.positions)[:, :-1]
+    logits = cast(jax.Array, model.apply(params, batch.tokens, batch.positions))[:, :-1]
     targets, weights, answers = batch.tokens[:, 1:], batch.weights[:, 1:], batch.answers[:, 1:]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     text = (weights > 0) & ~answers
@@ -105,7 +108,9 @@ def make_train_step(model: Llama, optimizer: optax.GradientTransformation, mesh:
         (loss, aux), gradient = value_and_grad(state.params)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, optimizer_state), Metrics(loss, *aux, optax.global_norm(gradient))
+        return TrainState(state.step + 1, params, optimizer_state), Metrics(
+            loss, *aux, gradient_norm=optax.global_norm(gradient)
+        )
 
     shardings = state_shardings(model, optimizer, mesh)
     return jax.jit(
@@ -139,7 +144,7 @@ def state_shardings(model: Llama, optimizer: optax.GradientTransformation, mesh:
     shapes = jax.eval_shape(lambda: _fresh(model, optimizer, 0))
     # an optimiser mirrors the parameter tree inside its own: a moment is known by the dict keys of its parameter
     moments = jax.tree.map_with_path(lambda path, _: of_param.get(_dict_keys(path), replicated), shapes.optimizer)
-    return TrainState(replicated, params, moments)
+    return replace(shapes, step=replicated, params=params, optimizer=moments)
 
 
 def _dict_keys(path) -> tuple[str, ...]:

@@ -43,6 +43,11 @@ class Recycling:
         if isinstance(self.schedule, QueryCheck) and self.rows == "all" and self.schedule.max_stride is None:
             raise ValueError("rows='all' needs max_stride, without it one row could keep all others from refreshing")
 
+    @property
+    def rows_agree(self) -> bool:
+        """Whether all active rows of a batch refresh together."""
+        return self.schedule.rows_agree or self.rows != "per_row"
+
 
 @dataclass(frozen=True)
 class Policy:

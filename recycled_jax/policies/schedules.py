@@ -19,6 +19,11 @@ class Schedule(ABC):
         return None
 
     @property
+    def rows_agree(self) -> bool:
+        """Whether all rows of a batch always want the same."""
+        return True
+
+    @property
     def query_point(self) -> QueryPoint:
         """Which query is remembered and compared; the one before rotation where none is."""
         return "before_rope"
@@ -75,6 +80,10 @@ class QueryCheck(Schedule):
     @property
     def longest_stride(self) -> int | None:
         return self.max_stride
+
+    @property
+    def rows_agree(self) -> bool:
+        return False
 
     @property
     def query_point(self) -> QueryPoint:

@@ -7,6 +7,7 @@ be looked up again after each one. The wording is this project's own (`TEMPLATE_
 import hashlib
 import itertools
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -146,17 +147,16 @@ class _Draft:
 
 
 def _stretch(haystack: Sequence[str], start: int, length: int) -> list[str]:
-    """Sentences from `start` on, `length` words at least, which are more than `length` tokens. Sentences of more than
-    a small part of that are cut, as those of a text without full stops."""
-    most = max(16, length // 32)
-    pieces: list[str] = []
-    total = 0
-    for at in itertools.count(start):
-        words = haystack[at % len(haystack)].split(" ")
-        pieces += [" ".join(cut) for cut in itertools.batched(words[: length + most], most)]
-        total += len(words)
-        if total >= length:
-            return pieces
+    """Sentences from `start` on, more than `length` tokens can hold. One of more characters than an eighth of that is
+    cut: a text without full stops is a single sentence, which would never fit."""
+    width = max(128, length // 8)
+    around = itertools.chain(haystack[start:], itertools.cycle(haystack))
+    pieces = (
+        piece
+        for sentence in around
+        for piece in ([sentence] if len(sentence) <= width else textwrap.wrap(sentence, width, break_on_hyphens=False))
+    )
+    return list(itertools.islice(pieces, max(1, length // 2)))
 
 
 def hide[T](hidden: Sequence[T], depths: Sequence[float], filler: Sequence[T]) -> list[T]:
