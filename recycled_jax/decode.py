@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
-from pallas_kernels import decode_attention, prefill_attention
 
+from pallas_kernels import decode_attention, prefill_attention
 from recycled_jax import recycling, rope
 from recycled_jax.model import Llama, attention_inputs, attention_output, embed, logits, mlp
 from recycled_jax.policies import Policy

@@ -288,7 +288,7 @@ def _telemetry(
     model: Llama, policy: Policy, state: DecodeState, lengths: Int[np.ndarray, " batch"], blocks: list[Block]
 ) -> Telemetry:
     steps = sum((block.steps for block in blocks), np.zeros(len(lengths), np.int32))
-    traces = [jax.tree.map(lambda x, n=block.steps.max(): x[:n], block.trace) for block in blocks]
+    traces = [LayerTrace(*(field[: block.steps.max()] for field in block.trace)) for block in blocks]
     if traces:
         trace = jax.tree.map(lambda *parts: np.concatenate(parts), *traces)
     else:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
-from pallas_kernels import gather_selection, selection_attention, token_scores
 
+from pallas_kernels import gather_selection, selection_attention, token_scores
 from recycled_jax.policies import Recycling
 from recycled_jax.policies.policy import RowRule
 from recycled_jax.state import KVCache, RefreshMemory, Selection, append_token

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
 from pallas_kernels import decode_attention, token_scores
 
 GroupReduction = Literal["max", "mean", "sum"]

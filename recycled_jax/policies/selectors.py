@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
 from pallas_kernels import select_tokens
 
 

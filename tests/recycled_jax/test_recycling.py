@@ -18,8 +18,8 @@ from recycled_jax.policies import (
 )
 from recycled_jax.sampling import Sampling
 from recycled_jax.state import DecodeState
-from tests.recycled_jax.refreshkv_numpy import NumpyRefreshKV
 from tests.recycled_jax.random_model import CONFIG, prompts, tiny_model
+from tests.recycled_jax.refreshkv_numpy import NumpyRefreshKV
 
 RAGGED = prompts(29, 5, 40, 1)
 NEW = 24
@@ -57,7 +57,7 @@ def final_state(policy: Policy, rows=RAGGED, *, steps: int = NEW - 1, nested: bo
 def test_equals_numpy_refreshkv_on_a_ragged_batch(name, knobs):
     policy = make_policy(name, **knobs)
     result = run(policy)
-    model, params = tiny_model()
+    _, params = tiny_model()
     fired = 0
     for row, prompt in enumerate(RAGGED):
         oracle = NumpyRefreshKV(

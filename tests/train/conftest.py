@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+import train.data
 from recycled_jax.tasks.prose import generated_sentences
 from train.config import Data, ModelSizes, Optimizer, Stage, TrainConfig
 from train.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_prose():
+    """The mixture tokenizes 300 generated sentences instead of 20,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.data, "generated_sentences", lambda rng, count: generated_sentences(rng, min(count, 300)))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +28,7 @@ def tiny_run(tmp_path) -> TrainConfig:
     """Two stages, nine steps, a checkpoint after every third, a row of each batch on each device."""
     return TrainConfig(
         out=str(tmp_path / "run"),
-        model=ModelSizes(embed=32, mlp=32, layers=2, query_heads=2, kv_heads=1, head_dim=16, max_length=512),
+        model=ModelSizes(embed=32, mlp=32, layers=2, query_heads=4, kv_heads=2, head_dim=16, max_length=512),
         data=Data(max_position=512),
         optimizer=Optimizer(warmup=2),
         stages=(Stage(length=96, batch=8, steps=4, facts=2), Stage(length=160, batch=8, steps=5, facts=3)),

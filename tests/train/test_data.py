@@ -27,12 +27,13 @@ def same(left, right) -> bool:
 
 
 def test_a_batch_depends_on_seed_and_step_only(mixture, tokenizer):
-    again = RetrievalMixture(mixture.config, tokenizer, generated_sentences(np.random.default_rng(7), 100), seed=3)
+    sentences = generated_sentences(np.random.default_rng(7), 100)
+    batch = mixture.batch(5, STAGE)
+    again, other = (RetrievalMixture(mixture.config, tokenizer, sentences, seed=seed) for seed in (3, 4))
     again.batch(0, STAGE)
-    assert same(mixture.batch(5, STAGE), again.batch(5, STAGE))
-    assert not same(mixture.batch(5, STAGE), mixture.batch(6, STAGE))
-    other = RetrievalMixture(mixture.config, tokenizer, generated_sentences(np.random.default_rng(7), 100), seed=4)
-    assert not same(mixture.batch(5, STAGE), other.batch(5, STAGE))
+    assert same(batch, again.batch(5, STAGE))
+    assert not same(batch, mixture.batch(6, STAGE))
+    assert not same(batch, other.batch(5, STAGE))
 
 
 @settings(max_examples=40)

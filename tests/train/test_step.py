@@ -1,0 +1,130 @@
+"""The train step: the same on any mesh, donating, learning; and its learning rate."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from recycled_jax.config import LlamaConfig
+from recycled_jax.model import Llama
+from train.config import Mesh, Optimizer
+from train.data import Batch
+from train.step import init_state, learning_rate, make_mesh, make_optimizer, make_train_step
+
+CONFIG = LlamaConfig(
+    model_type="qwen2", vocab=64, embed=32, mlp=48, layers=2, query_heads=4, kv_heads=2, head_dim=16, rope_theta=1e6
+)
+STEPS = 20
+ONE = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
+def batch(seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    shape = (8, 24)
+    answers = rng.random(shape) < 0.3
+    positions = np.cumsum(rng.integers(1, 4, shape), axis=1)
+    tokens = rng.integers(0, CONFIG.vocab, shape)
+    weights = np.where(answers, 1.0, 0.1) * (rng.random(shape) < 0.9)
+    return Batch(tokens.astype(np.int32), positions.astype(np.int32), weights.astype(np.float32), answers)
+
+
+def run(optimizer: Optimizer, mesh, batches, init: str = "retrieval", **settings):
+    model = Llama(CONFIG, **settings)
+    transformation = make_optimizer(optimizer, CONFIG, STEPS)
+    state = init_state(model, transformation, mesh, seed=0, init=init)
+    step = make_train_step(model, transformation, mesh)
+    history = []
+    for one in batches:
+        state, metrics = step(state, one)
+        history.append(jax.device_get(metrics))
+    return state, np.asarray(history)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_eight_devices_compute_what_one_does(name):
+    optimizer = Optimizer(name=name, learning_rate=3e-3, warmup=2)
+    batches = [batch(seed) for seed in range(4)]
+    alone, expected = run(optimizer, ONE, batches)
+    shared, found = run(optimizer, make_mesh(Mesh(data=2, fsdp=2, tensor=2)), batches)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert int(shared.step) == int(alone.step) == len(batches)
+    layers = shared.params["params"]["layers"]
+    assert layers["q_proj"].sharding.shard_shape(layers["q_proj"].shape) == (2, 16, 2, 16)
+    assert layers["down_proj"].sharding.shard_shape(layers["down_proj"].shape) == (2, 24, 16)
+    moments = [x for x in jax.tree.leaves(shared.optimizer) if x.shape == layers["down_proj"].shape]
+    assert moments and all(x.sharding == layers["down_proj"].sharding for x in moments)
+
+
+def test_remat_changes_nothing():
+    optimizer = Optimizer(learning_rate=3e-3, warmup=2)
+    batches = [batch(seed) for seed in range(2)]
+    np.testing.assert_allclose(
+        run(optimizer, ONE, batches, remat=True)[1], run(optimizer, ONE, batches)[1], rtol=1e-5
+    )
+
+
+def test_loss_falls_on_a_fixed_batch():
+    _, history = run(Optimizer(name="adamw", learning_rate=1e-2, warmup=2), ONE, [batch()] * STEPS, init="plain")
+    loss, text_loss, answer_loss, answer_accuracy, gradient_norm = history.T
+    assert loss[0] == pytest.approx(np.log(CONFIG.vocab), rel=0.02)
+    assert loss[-1] < 0.5 * loss[0] and answer_loss[-1] < 0.5 * answer_loss[0] and text_loss[-1] < text_loss[0]
+    assert answer_accuracy[-1] > answer_accuracy[0] + 0.3
+    assert (gradient_norm > 0).all()
+
+
+def test_loss_is_the_weighted_mean_of_its_parts():
+    one = batch()
+    where = one.answers.copy()
+    where[:, 0] = False
+    weights = np.where(one.answers, 3.0, 0.5).astype(np.float32)
+    _, history = run(Optimizer(), ONE, [one._replace(weights=weights)])
+    loss, text_loss, answer_loss, *_ = history[0]
+    answers, text = where[:, 1:].sum(), (~where[:, 1:]).sum()
+    expected = (3 * answers * answer_loss + 0.5 * text * text_loss) / (3 * answers + 0.5 * text)
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_state_is_donated():
+    model, optimizer = Llama(CONFIG), make_optimizer(Optimizer(), CONFIG, STEPS)
+    state = init_state(model, optimizer, ONE, seed=0)
+    after, _ = make_train_step(model, optimizer, ONE)(state, batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_mesh_takes_all_devices():
+    assert dict(make_mesh(Mesh()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(Mesh(data=2, fsdp=-1, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "mesh=.*'data': 3.* covers 3 devices, there are 8|needs a multiple of 3 devices, there are 8"),
+        ({"tensor": 3}, "mesh=.*'tensor': 3.* needs a multiple of 3 devices, there are 8"),
+        ({"data": 2}, "mesh=.*'data': 2.* covers 2 devices, there are 8"),
+        ({"data": 0}, "mesh=.*'data': 0.* must have sizes of at least 1, or -1 in one place"),
+        ({"data": -1, "fsdp": -1}, "mesh=.*'fsdp': -1.* must have sizes of at least 1, or -1 in one place"),
+    ],
+)
+def test_mesh_that_the_devices_cannot_make(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(Mesh(**sizes))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50, 1000])
+def test_learning_rate_ends_where_it_should(steps):
+    config = Optimizer(learning_rate=0.5, warmup=100, final=0.1)
+    rates = np.asarray(jax.vmap(learning_rate(config, steps))(np.arange(steps + 1)))
+    assert rates[-1] == pytest.approx(0.05)
+    assert rates.max() == pytest.approx(0.5)
+    peak = rates.argmax()
+    assert peak == min(config.warmup, steps // 2)
+    assert (np.diff(rates[: peak + 1]) > 0).all() and (np.diff(rates[peak:]) < 0).all()
+
+
+def test_learning_rate_without_warm_up():
+    rate = learning_rate(dataclasses.replace(Optimizer(), warmup=0, learning_rate=0.5), 10)
+    assert float(rate(0)) == pytest.approx(0.5)
