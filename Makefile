@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint types clean
+.PHONY: install demo test test-slow bench lint types clean
 
 install: $(STAMP)
 
@@ -16,6 +16,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(RUN) pytest -m slow
+
+bench: $(STAMP)
+	$(RUN) eval.speed --out speed.json
 
 lint: $(STAMP)
 	$(RUN) ruff check .

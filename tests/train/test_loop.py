@@ -1,23 +1,18 @@
 """Whole runs of nine steps: interrupted and resumed, refused, exported."""
 
-import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import yaml
 
 import train.loop
 from recycled_jax.hf import load_hf
 from recycled_jax.tokenizer import load_tokenizer
-from train.config import Optimizer, Stage, TrainConfig
+from train.config import TrainConfig
 from train.loop import train as train_run
 
 ROOT = Path(__file__).parents[2]

@@ -60,9 +60,7 @@ def test_eight_devices_compute_what_one_does(name):
 def test_remat_changes_nothing():
     optimizer = Optimizer(learning_rate=3e-3, warmup=2)
     batches = [batch(seed) for seed in range(2)]
-    np.testing.assert_allclose(
-        run(optimizer, ONE, batches, remat=True)[1], run(optimizer, ONE, batches)[1], rtol=1e-5
-    )
+    np.testing.assert_allclose(run(optimizer, ONE, batches, remat=True)[1], run(optimizer, ONE, batches)[1], rtol=1e-5)
 
 
 def test_loss_falls_on_a_fixed_batch():
