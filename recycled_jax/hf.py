@@ -16,14 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from recycled_jax.config import LlamaConfig
 from recycled_jax.folders import staged
 from recycled_jax.model import Llama
 from recycled_jax.safetensors_io import DTYPES, INDEX, TensorReader, write_tensors
-from recycled_jax.sharding import partition_spec
+from recycled_jax.sharding import named_sharding
 from recycled_jax.weights import Weight, check_shapes, layer_weights, map_weights, model_weights
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -54,7 +54,7 @@ def load_hf(path: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = N
 
             def read(names: list[str], weight: Weight, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
                 progress.update()
-                sharding = None if mesh is None else NamedSharding(mesh, partition_spec(axes, mesh))
+                sharding = None if mesh is None else named_sharding(axes, mesh)
                 return _device_array(reader, names, weight, shape, dtype, sharding)
 
             params = map_weights(

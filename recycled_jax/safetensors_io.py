@@ -117,6 +117,8 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a safetensors index with a weight_map: {error!r}") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file_name, str) for file_name in weight_map.values()):
+        raise ValueError(f"{path} is not a safetensors index: its weight_map must map tensor names to file names")
     # a name with a folder in it could lead out of the checkpoint
     outside = [name for name in weight_map.values() if Path(name).name != name]
     if outside:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from recycled_jax.config import LlamaConfig
 from recycled_jax.weights import map_weights
@@ -41,10 +41,20 @@ def partition_spec(axes: Sequence[str], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def named_sharding(axes: Sequence[str], mesh: Mesh) -> NamedSharding:
+    """The placement of an array whose dimensions are the logical `axes`. Raises as `partition_spec`.
+
+    The axes of `mesh` count as automatic, which those of `jax.make_mesh` are not: the model states where parameters
+    lie and leaves the rest to the compiler.
+    """
+    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return NamedSharding(automatic, partition_spec(axes, mesh))
+
+
 def param_shardings(config: LlamaConfig, mesh: Mesh) -> dict:
     """A `NamedSharding` for every parameter, in the shape of the parameter tree."""
     return map_weights(
         config,
-        lambda weight: NamedSharding(mesh, partition_spec(weight.axes, mesh)),
-        lambda weight: NamedSharding(mesh, partition_spec(("layers", *weight.axes), mesh)),
+        lambda weight: named_sharding(weight.axes, mesh),
+        lambda weight: named_sharding(("layers", *weight.axes), mesh),
     )

@@ -47,15 +47,14 @@ class Telemetry:
         return _mean_where(self.overlap, ~np.isnan(self.overlap))
 
     def mean_coverage(self) -> Float[np.ndarray, "layers batch"]:
-        """Mean share of attention mass on the selection; NaN when it was not recorded."""
-        return _mean_where(self.coverage, ~np.isnan(self.coverage))
+        """Mean share of attention mass on the selection over the row's steps; NaN when it was not recorded."""
+        return _mean_where(self.coverage, ~np.isnan(self.coverage) & self._running())
 
     def kv_bytes_per_token(self) -> Float[np.ndarray, " batch"]:
         """Bytes of keys and values that a decode step had to read, mean over the row's steps; 0 without steps.
 
         Valid slots by the observed schedule, whatever a back end reads beyond them: a recycled step reads its
-        selection; a refresh reads all keys (all values too with `refresh="full"`, and for a scorer that needs no keys
-        only what it copies), and copies the selection.
+        selection; a refresh reads all keys (all values too with `refresh="full"`), and copies the selection.
         """
         return self._mean_over_steps(self._slots_read())
 
@@ -63,6 +62,10 @@ class Telemetry:
         """What the dense policy would have read for the same tokens."""
         slots = self._lengths()[:, None, :] * np.ones((1, self.config.layers, 1))
         return self._mean_over_steps(2 * slots)
+
+    def _running(self) -> Bool[np.ndarray, "steps 1 batch"]:
+        """Whether the row was active at the step."""
+        return np.arange(len(self.refreshed))[:, None, None] < self.steps[None, None, :]
 
     def _lengths(self) -> Int[np.ndarray, "steps batch"]:
         """Slots in use at each step, the present token included."""
@@ -81,8 +84,7 @@ class Telemetry:
         return np.where(self.refreshed, refresh, reuse)
 
     def _mean_over_steps(self, slots: Float[np.ndarray, "steps layers batch"]) -> Float[np.ndarray, " batch"]:
-        running = np.arange(len(slots))[:, None, None] < self.steps[None, None, :]
-        total = np.where(running, slots, 0).sum(axis=(0, 1))
+        total = np.where(self._running(), slots, 0).sum(axis=(0, 1))
         per_slot = self.config.kv_heads * self.config.head_dim * self.bytes_per_element
         return total * per_slot / np.maximum(self.steps, 1)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recycled_jax.hf import find_checkpoint
 
@@ -14,8 +14,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises FileNotFoundError when there is no such folder, ValueError when it holds no tokenizer.
     """
     folder = find_checkpoint(path)
+    # tokenizer.json says all there is to say; AutoTokenizer would choose a class by the model_type of config.json, and
+    # that of qwen2 puts its own splitting of words and numbers in the place of the file's
+    if (folder / "tokenizer.json").is_file():
+        load = PreTrainedTokenizerFast.from_pretrained
+    else:
+        load = AutoTokenizer.from_pretrained
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return load(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's backend raises; the user needs one sentence
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{folder} has no tokenizer that transformers can load (tokenizer.json): {reason}") from error

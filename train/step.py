@@ -109,7 +109,7 @@ def make_train_step(model: Llama, optimizer: optax.GradientTransformation, mesh:
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, optimizer_state), Metrics(
-            loss, *aux, gradient_norm=optax.global_norm(gradient)
+            loss, *aux, gradient_norm=optax.tree.norm(gradient)
         )
 
     shardings = state_shardings(model, optimizer, mesh)

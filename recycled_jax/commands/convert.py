@@ -34,18 +34,20 @@ def convert(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Converts a checkpoint: Hugging Face format to orbax, orbax to Hugging Face; there and back is
-    bit-exact.
+    """Converts a checkpoint: Hugging Face format to orbax, orbax to Hugging Face; there and back is bit-exact.
 
-    The tokenizer's files are carried along, and `out` appears when it is complete. Works in host memory,
-    which has to hold the model once.
+    The tokenizer's files are carried along, and `out` appears when it is complete. Works in host memory, which has to
+    hold the model once.
 
-    Args: source: Folder of a checkpoint in either format, or the name of a model in the local Hugging Face
-    cache. out: Folder to write, in the other format. dtype: Type of the weights in `out`; that of `source`
-    when not given. overwrite: Replace the checkpoint in `out`, if it has one.
+    Args:
+        source: Folder of a checkpoint in either format, or name of a model in the local Hugging Face cache.
+        out: Folder to write, in the other format.
+        dtype: Type of the weights in `out`; that of `source` when not given.
+        overwrite: Replace the checkpoint in `out`, if it has one.
 
-    Raises: FileExistsError: `out` is not empty and `overwrite` is not given. FileNotFoundError, ValueError:
-    `source` is missing, damaged or not supported, as in `checkpoint.load_model`.
+    Raises:
+        FileExistsError: `out` is not empty and `overwrite` is not given.
+        FileNotFoundError, ValueError: `source` is missing, damaged or not supported, as in `checkpoint.load_model`.
     """
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out={str(out)!r} exists and is not empty; name a new folder or give --overwrite")

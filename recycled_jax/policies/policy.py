@@ -36,9 +36,11 @@ class Recycling:
         longest = self.schedule.longest_stride
         room = self.selector.k - self.selector.sinks
         if longest is not None and longest > room:
+            checked = isinstance(self.schedule, QueryCheck) and longest > self.schedule.stride
+            name = "max_stride" if checked else "stride"
             raise ValueError(
-                f"stride={longest} is above k - sinks = {room}: the tokens between two refreshes would evict the whole "
-                "selection; raise k or lower the stride"
+                f"{name}={longest} is above k - sinks = {room}: the tokens between two refreshes would evict the whole "
+                f"selection; raise k or lower {name}"
             )
         if isinstance(self.schedule, QueryCheck) and self.rows == "all" and self.schedule.max_stride is None:
             raise ValueError("rows='all' needs max_stride, without it one row could keep all others from refreshing")

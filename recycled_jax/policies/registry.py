@@ -40,8 +40,8 @@ def recycled_dynamic(
 ) -> Policy:
     """RefreshKV with query checks: every `stride` steps each layer by itself compares its head-averaged query with
     that of its last refresh and refreshes when the cosine is at most `threshold`, or after `max_stride` steps
-    (default k - 1). The paper uses thresholds of 0.85 (Llama 3.1) and 0.95 (Qwen2)."""
-    # a larger k than the stride can fill is the user's to set; with k = 1 there is nothing to recycle for a second step
+    (default k - 1, or `stride` where that is more). The paper uses thresholds of 0.85 (Llama 3.1) and 0.95 (Qwen2)."""
+    # a stride above k - 1 stands, so that one above k is refused under its own name
     longest = max(stride, k - 1) if max_stride is None else max_stride
     return Policy(
         "recycled-dynamic",

@@ -173,6 +173,12 @@ def test_help_names_every_flag_with_default_and_meaning(capsys):
     assert "--policy.sinks" in printed and "--policy.stride" not in printed
 
 
+def test_help_of_convert_says_what_its_arguments_are(capsys):
+    assert cli.main(["convert", "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "out Folder to write, in the other format." in printed and "Args:" not in printed
+
+
 def test_overview_does_not_wait_for_jax():
     code = "import sys; from recycled_jax.cli import main; main(['--help']); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0

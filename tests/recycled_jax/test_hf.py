@@ -113,6 +113,13 @@ class TestMesh:
         assert params["params"]["layers"]["q_proj"].addressable_shards[0].data.shape == (3, 16, 4, 16)
         assert params["params"]["layers"]["down_proj"].addressable_shards[0].data.shape == (3, 48, 16)
 
+    def test_the_model_runs_on_a_mesh_as_make_mesh_gives_it(self, checkpoint):
+        mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+        tokens = jax.numpy.arange(24).reshape(2, 12)
+        model, whole = load_hf(checkpoint)
+        _, sharded = load_hf(checkpoint, mesh=mesh)
+        np.testing.assert_allclose(model.apply(sharded, tokens), model.apply(whole, tokens), atol=1e-4)
+
     def test_reads_only_the_parts(self, checkpoint, monkeypatch):
         from recycled_jax import hf
 
@@ -207,7 +214,7 @@ class TestRefusals:
             load_hf(checkpoint, dtype=None)
         load_hf(checkpoint, dtype=jnp.float32)
 
-    @pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": {"a": "../secret.safetensors"}}'])
+    @pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": {"a": "../secret.safetensors"}}', '{"weight_map": ["a"]}'])
     def test_damaged_index(self, checkpoint, content):
         (checkpoint / FILE).unlink()
         (checkpoint / INDEX).write_text(content)

@@ -34,6 +34,8 @@ def test_dynamic_refreshes_at_the_latest_after_k_minus_one_steps():
         ("recycled", {"stride": 0}, "stride=0 must be at least 1"),
         ("recycled", {"pool": 4}, "pool=4 must be odd"),
         ("recycled", {"k": 4, "stride": 5}, "stride=5 is above k - sinks = 4"),
+        ("recycled-dynamic", {"k": 8, "stride": 2, "max_stride": 9}, "max_stride=9 is above k - sinks = 8"),
+        ("recycled-dynamic", {"k": 4}, "stride=5 is above k - sinks = 4"),
         ("recycled", {"refresh": "none"}, "refresh='none' must be one of full, selection"),
         ("recycled-dynamic", {"rows": "most"}, "rows='most' must be one of per_row, any, all"),
         ("recycled-dynamic", {"max_stride": 3}, "max_stride=3 is below stride=5"),

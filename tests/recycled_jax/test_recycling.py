@@ -218,6 +218,20 @@ def test_coverage_is_the_attention_mass_on_the_selection():
     assert (little[:, 2] < 0.9).all() and (little > 0).all()
 
 
+def test_coverage_of_a_row_ends_with_its_last_step():
+    # the loop goes on for the other row; what it then records of the first one means nothing
+    policy, rows = make_policy("recycled", k=4, stride=4), prompts(11, 4)
+    free = run(policy, rows)
+    model, params = tiny_model()
+    stopping = model.clone(config=dataclasses.replace(CONFIG, eos_ids=(free.tokens[0][3],)))
+    done = generate(stopping, params, rows, policy=policy, coverage=True, **OPTIONS).telemetry
+    assert done.steps[0] < done.steps[1]
+    for row, steps in enumerate(done.steps):
+        np.testing.assert_allclose(
+            done.mean_coverage()[:, row], done.coverage[:steps, :, row].mean(axis=0), rtol=1e-5
+        )
+
+
 def test_overlap_of_successive_selections():
     small = run(make_policy("recycled", k=6, stride=3), rows=RAGGED[:1]).telemetry
     assert np.isnan(small.overlap[~small.refreshed]).all()

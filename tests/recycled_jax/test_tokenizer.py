@@ -1,5 +1,5 @@
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from recycled_jax.hf import load_hf, save_hf
@@ -19,6 +19,16 @@ def test_saved_beside_the_weights_and_loaded_again(tokenizer, tmp_path):
     loaded = load_tokenizer(tmp_path / "out")
     assert loaded.encode("hello world") == [2, 3]
     assert loaded.eos_token_id == 1
+
+
+def test_splits_numbers_as_its_file_says_whatever_the_model_type(tmp_path):
+    core = Tokenizer(models.BPE({"1": 0, "2": 1, "12": 2}, [("1", "2")]))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\p{N}{1,2}"), behavior="isolated")
+    two_digits = PreTrainedTokenizerFast(tokenizer_object=core)
+    # a class that transformers has for this type would split numbers into single digits
+    folder = families.write_checkpoint(tmp_path / "qwen", "qwen2")
+    two_digits.save_pretrained(folder)
+    assert load_tokenizer(folder).encode("1212") == [2, 2]
 
 
 def test_folder_without_a_tokenizer(tmp_path):

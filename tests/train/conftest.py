@@ -1,21 +1,15 @@
-"""What the trainer's tests share: one tokenizer, and the config of a run that takes seconds."""
+"""What the trainer's tests share: one tokenizer, and less text than a real run reads."""
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from transformers import PreTrainedTokenizerFast
 
-import train.data
 from recycled_jax.tasks.prose import generated_sentences
-from train.config import Data, ModelSizes, Optimizer, Stage, TrainConfig
+from tests.train.tiny_run import little_text
+from train.config import Data
 from train.tokenizer import train_tokenizer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def little_prose():
-    """The mixture tokenizes 300 generated sentences instead of 20,000."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.data, "generated_sentences", lambda rng, count: generated_sentences(rng, min(count, 300)))
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -23,18 +17,27 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(generated_sentences(np.random.default_rng(0), 200), merges=Data().tokenizer_merges)
 
 
-@pytest.fixture
-def tiny_run(tmp_path) -> TrainConfig:
-    """Two stages, nine steps, a checkpoint after every third, a row of each batch on each device."""
-    return TrainConfig(
-        out=str(tmp_path / "run"),
-        model=ModelSizes(embed=32, mlp=32, layers=2, query_heads=4, kv_heads=2, head_dim=16, max_length=512),
-        data=Data(max_position=512),
-        optimizer=Optimizer(warmup=2),
-        stages=(Stage(length=96, batch=8, steps=4, facts=2), Stage(length=160, batch=8, steps=5, facts=3)),
-        save_every=3,
-        evaluate_every=6,
-        evaluate_examples=1,
-        evaluate_length=320,
-        log_every=1,
-    )
+@pytest.fixture(scope="session", autouse=True)
+def _little_text(tokenizer):
+    with little_text(tokenizer):
+        yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _compiled_once(tmp_path_factory):
+    """The same program in another run, or in another process, is not compiled again."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # jax has decided at its first compilation whether there is a cache
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
