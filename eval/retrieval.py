@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from eval.provenance import provenance
 from recycled_jax.commands.loading import Checkpoint
-from recycled_jax.generate import generate
+from recycled_jax.generate import generate, read
 from recycled_jax.policies import Policy, make_policy
-from recycled_jax.tasks.retrieval import TASKS, Example, make_example, score
+from recycled_jax.tasks.retrieval import TASKS, make_example, score
 
 POLICIES: dict[str, Policy] = {
     "full": make_policy("full"),
@@ -40,38 +40,37 @@ def evaluate(
     """Args as in the module's text; `model` is the embedded one when not given."""
     checkpoint = Checkpoint.find(model)
     network, params = checkpoint.load("float32")
-    cells = []
+    cells: list[dict] = []
     total = len(lengths) * len(tasks) * len(policies) * -(-examples // batch)
     with tqdm(total=total, unit="batch") as progress:
         for length in lengths:
             for task in tasks:
-                questions = [
-                    make_example(TASKS[task], length=length, seed=seed, index=i, encode=checkpoint.text.encode)
-                    for i in range(examples)
-                ]
-                for name in policies:
-                    progress.set_description(f"{name} {task} {length}")
-                    scores = np.concatenate(
-                        [
-                            _answer(
-                                checkpoint, network, params, questions[first : first + batch], name, length, progress
-                            )
-                            for first in range(0, examples, batch)
-                        ]
-                    )
-                    low, high = _interval(scores)
-                    cells.append(
-                        {
-                            "policy": name,
-                            "task": task,
-                            "length": length,
-                            "n": examples,
-                            "score": 100 * float(scores.mean()),
-                            "interval": [low, high],
-                        }
-                    )
-                    out.write_text(json.dumps({**provenance(), "seed": seed, "cells": cells}, indent=1) + "\n")
+                scores = {name: [] for name in policies}
+                for first in range(0, examples, batch):
+                    questions = [
+                        make_example(TASKS[task], length=length, seed=seed, index=i, encode=checkpoint.text.encode)
+                        for i in range(first, min(first + batch, examples))
+                    ]
+                    prompts = [checkpoint.text.encode(example.prompt) for example in questions]
+                    new_tokens = max(example.gen_tokens for example in questions)
+                    prefilled = read(network, params, prompts, max_new_tokens=new_tokens, capacity=length + 128)
+                    for name in policies:
+                        progress.set_description(f"{name} {task} {length}")
+                        done = generate(
+                            network, params, prefilled, policy=POLICIES[name], max_new_tokens=new_tokens, block=16
+                        )
+                        answers = [checkpoint.text.decode(tokens) for tokens in done.tokens]
+                        scores[name] += [score(*pair) for pair in zip(questions, answers, strict=True)]
+                        progress.update()
+                cells += [_cell(name, task, length, np.array(scores[name])) for name in policies]
+                out.write_text(json.dumps({**provenance(), "seed": seed, "cells": cells}, indent=1) + "\n")
     print(table(cells))
+
+
+def _cell(policy: str, task: str, length: int, scores: np.ndarray) -> dict:
+    low, high = _interval(scores)
+    score = {"n": len(scores), "score": 100 * float(scores.mean()), "interval": [low, high]}
+    return {"policy": policy, "task": task, "length": length, **score}
 
 
 def table(cells: Sequence[dict]) -> str:
@@ -86,20 +85,6 @@ def table(cells: Sequence[dict]) -> str:
         row = (scores.get((policy, *column)) for column in columns)
         lines.append(f"| {policy} | " + " | ".join("" if s is None else f"{s:.0f}" for s in row) + " |")
     return "\n".join(lines)
-
-
-def _answer(checkpoint, network, params, questions: Sequence[Example], name: str, length: int, progress) -> np.ndarray:
-    done = generate(
-        network,
-        params,
-        [checkpoint.text.encode(example.prompt) for example in questions],
-        policy=POLICIES[name],
-        max_new_tokens=max(example.gen_tokens for example in questions),
-        capacity=length + 128,
-    )
-    progress.update()
-    answers = [checkpoint.text.decode(tokens) for tokens in done.tokens]
-    return np.array([score(example, answer) for example, answer in zip(questions, answers, strict=True)])
 
 
 def _interval(scores: np.ndarray) -> tuple[float, float]:

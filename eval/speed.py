@@ -17,7 +17,8 @@ from jsonargparse import auto_cli
 
 from eval.provenance import provenance
 from recycled_jax.commands.loading import Checkpoint
-from recycled_jax.commands.measure import Measurement, measure
+from recycled_jax.commands.measure import measure
+from recycled_jax.generate import read
 from recycled_jax.policies import AttentionScorer, Never, Policy, Recycling, TopK, make_policy
 from recycled_jax.tasks.prose import generated_sentences
 
@@ -49,11 +50,11 @@ def speed(
     for length in lengths:
         prompt = (tokens * -(-length // len(tokens)))[:length]
 
-        def run(policy: Policy, prompt=prompt) -> Measurement:
-            capacity = len(prompt) + stride * blocks + 1
-            return measure(network, params, [prompt], policy=policy, capacity=capacity, block=stride, blocks=blocks)
-
-        steps = {name: run(policy) for name, policy in policies.items()}
+        prefilled = read(network, params, [prompt], max_new_tokens=stride * blocks + 1)
+        steps = {
+            name: measure(network, params, prefilled, policy=policy, block=stride, blocks=blocks)
+            for name, policy in policies.items()
+        }
         full = min(steps["full"].step_seconds, steps["full_again"].step_seconds)
         for name, step in steps.items():
             floor = (weight_bytes + step.kv_bytes) / rate

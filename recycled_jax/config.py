@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from recycled_jax.spelling import nearest
+
 ModelType = Literal["llama", "mistral", "qwen2", "qwen3"]
 MODEL_TYPES: tuple[str, ...] = get_args(ModelType)
 
@@ -194,9 +196,11 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         if name in hf and hf[name] not in supported:
             raise ValueError(f"config.json has {name}={hf[name]!r}, only {supported[0]!r} is supported")
     # Qwen2 configs carry a window size that `use_sliding_window: false` switches off.
-    if hf["model_type"] != "qwen2" and hf["model_type"] != "qwen3" and hf.get("sliding_window") is not None:
+    # Absent from a Mistral config it is 4096.
+    window = hf.get("sliding_window", 4096 if hf["model_type"] == "mistral" else None)
+    if hf["model_type"] not in ("qwen2", "qwen3") and window is not None:
         raise ValueError(
-            f"config.json has sliding_window={hf['sliding_window']}, only models without a sliding window "
+            f"config.json has sliding_window={window}, only models without a sliding window "
             "(sliding_window: null) are supported"
         )
     windowed = [kind for kind in hf.get("layer_types") or [] if kind != "full_attention"]
@@ -225,7 +229,7 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
 
 
 def _unknown(argument: str, value: object, valid: tuple[str, ...]) -> str:
-    return f"{argument}={value!r} is not supported, expected one of {', '.join(valid)}"
+    return f"{argument}={value!r} is not supported, {nearest(str(value), valid)}"
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

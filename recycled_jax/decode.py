@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -21,32 +22,48 @@ from recycled_jax.state import DecodeState, KVCache, append_token, empty_cache
 Params = Mapping
 
 
-def prefill(
+@struct.dataclass
+class PromptEnds:
+    """What the last token of every prompt leaves behind besides keys and values: all that a first selection needs."""
+
+    lengths: Int[Array, " batch"]
+    logits: Float[Array, "batch vocab"]
+    bare_q: Float[Array, "layers batch query_heads head_dim"]  # its queries, before rotation
+    q: Float[Array, "layers batch query_heads head_dim"]
+
+
+@struct.dataclass
+class Prefilled:
+    """Prompts that have been read: any policy can go on from here, several from the same one."""
+
+    cache: KVCache
+    ends: PromptEnds
+
+
+def read_prompts(
     model: Llama,
     params: Params,
     tokens: Int[Array, "batch tokens"],
     lengths: Int[Array, " batch"],
     *,
-    policy: Policy,
     capacity: int,
     chunk: int = 512,
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch vocab"], DecodeState]:
-    """Reads the prompts and makes the first selection.
+) -> Prefilled:
+    """Runs the prompts through the model and fills the cache.
 
     `tokens` are padded on the right to a multiple of `chunk`; `lengths` (at least 1) say how many count. The prompt
     goes through in pieces of `chunk` tokens, so no matrix of tokens × tokens exists. `capacity` is the number of
-    slots per row of the cache and must hold the padded prompt. Returns the logits of each row's last token.
+    slots per row of the cache and must hold the padded prompt.
     """
     config, weights = model.config, params["params"]
     batch, padded = tokens.shape
     if padded % chunk or padded > capacity:
         raise ValueError(f"tokens has {padded} columns, expected a multiple of chunk={chunk} within {capacity=}")
     rows = jnp.arange(batch)
-    recycles = policy.recycling
 
     def read_chunk(index, carry):
-        cache, last, last_q, last_query = carry
+        cache, last, bare_q_end, q_end = carry
         start = index * chunk
         piece = lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
         angles = rope.angles(config, (start + jnp.arange(chunk, dtype=jnp.int32))[None, :])
@@ -66,34 +83,50 @@ def prefill(
             attended = prefill_attention(q, cache.k[layer], cache.v[layer], start, implementation=implementation)
             x = x + attention_output(w, attended)
             x = x + mlp(w, config, x)
-            if recycles is None:
-                return (x, cache), None
-            token = LayerInput(*(heads[rows, :, column] for heads in (bare_q, q, k, v)))
-            return (x, cache), (token.q, recycling.mean_query(recycles, token))
+            return (x, cache), (bare_q[rows, :, column], q[rows, :, column])
 
         x = embed(weights, piece, model.dtype)
-        (x, cache), ends = lax.scan(layer_step, (x, cache), (weights["layers"], jnp.arange(config.layers)))
+        (x, cache), (bare_q, q) = lax.scan(layer_step, (x, cache), (weights["layers"], jnp.arange(config.layers)))
         last = jnp.where(ends_here[:, None], x[rows, column], last)
-        if ends is not None:
-            last_q = jnp.where(ends_here[None, :, None, None], ends[0], last_q)
-            last_query = jnp.where(ends_here[None, :, None], ends[1], last_query)
-        return cache, last, last_q, last_query
+        bare_q_end = jnp.where(ends_here[None, :, None, None], bare_q, bare_q_end)
+        q_end = jnp.where(ends_here[None, :, None, None], q, q_end)
+        return cache, last, bare_q_end, q_end
 
     cache = empty_cache(config, batch=batch, capacity=capacity, dtype=model.dtype)
     last = jnp.zeros((batch, config.embed), model.dtype)
-    last_q = jnp.zeros((config.layers, batch, config.query_heads, config.head_dim), model.dtype)
-    last_query = jnp.zeros((config.layers, batch, config.head_dim), jnp.float32)
+    no_query = jnp.zeros((config.layers, batch, config.query_heads, config.head_dim), model.dtype)
     with jax.named_scope("prefill"):
-        cache, last, last_q, last_query = lax.fori_loop(
-            0, padded // chunk, read_chunk, (cache, last, last_q, last_query)
-        )
+        cache, last, bare_q, q = lax.fori_loop(0, padded // chunk, read_chunk, (cache, last, no_query, no_query))
+    return Prefilled(cache, PromptEnds(lengths, logits(weights, config, last[:, None])[:, 0], bare_q, q))
+
+
+def begin(policy: Policy, prefilled: Prefilled, *, implementation: str | None = None) -> DecodeState:
+    """The state before the first decode step, with the policy's first selection made by each prompt's last token."""
+    cache, ends = prefilled.cache, prefilled.ends
     selection = memory = None
-    if recycles is not None:
+    if policy.recycling is not None:
         selection, memory = recycling.first_selection(
-            recycles, cache, lengths, last_q, last_query, implementation=implementation
+            policy.recycling, cache, ends.lengths, ends.bare_q, ends.q, implementation=implementation
         )
-    state = DecodeState(cache, lengths, jnp.zeros((), jnp.int32), selection, memory)
-    return logits(weights, config, last[:, None])[:, 0], state
+    return DecodeState(cache, ends.lengths, jnp.zeros((), jnp.int32), selection, memory)
+
+
+def prefill(
+    model: Llama,
+    params: Params,
+    tokens: Int[Array, "batch tokens"],
+    lengths: Int[Array, " batch"],
+    *,
+    policy: Policy,
+    capacity: int,
+    chunk: int = 512,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch vocab"], DecodeState]:
+    """`read_prompts`, then `begin`: the logits of each row's last token, and the state to decode from."""
+    prefilled = read_prompts(
+        model, params, tokens, lengths, capacity=capacity, chunk=chunk, implementation=implementation
+    )
+    return prefilled.ends.logits, begin(policy, prefilled, implementation=implementation)
 
 
 def decode_step(

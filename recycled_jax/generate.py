@@ -13,12 +13,12 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from recycled_jax.decode import Params, decode_step, prefill
+from recycled_jax.decode import Params, Prefilled, PromptEnds, begin, decode_step, read_prompts
 from recycled_jax.model import Llama
 from recycled_jax.policies import FixedStride, Policy
 from recycled_jax.recycling import LayerTrace
 from recycled_jax.sampling import Sampling, sample
-from recycled_jax.state import DecodeState
+from recycled_jax.state import DecodeState, KVCache
 from recycled_jax.telemetry import Telemetry
 
 # `cond`: every step asks the schedule. `nested`: for a fixed stride, S - 1 recycled steps and a refresh as loops, with
@@ -63,7 +63,7 @@ class Generation:
 def generate(
     model: Llama,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Prefilled,
     *,
     policy: Policy,
     max_new_tokens: int,
@@ -79,47 +79,34 @@ def generate(
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens` tokens, until one of the model's end-of-sequence ids.
 
-    `prompts` are token ids, special tokens included. `capacity` is the number of cache slots per row (default: what
-    prompt and answer need). Prefill takes `chunk` tokens at a time. `block` decode steps run on the device between
-    two looks of the host; after each, `on_block` gets the tokens every row has gained. `coverage` records the
-    attention mass on the selections, which reads all keys: not for timing. Greedy unless `sampling` says otherwise.
+    `prompts` are token ids, special tokens included, or what `read` made of them: then several policies can go on
+    from one prefill. `capacity` and `chunk` as in `read`. `block` decode steps run on the device between two looks of
+    the host; after each, `on_block` gets the tokens every row has gained. `coverage` records the attention mass on the
+    selections, which reads all keys: not for timing. Greedy unless `sampling` says otherwise.
 
     Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt that does not fit, and `nested` with
     a schedule other than a fixed stride.
     """
     sampling = Sampling() if sampling is None else sampling
-    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("block", block)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    tokens, lengths = pad(prompts, model.config.vocab, chunk)
-    needed = int(lengths.max()) + max_new_tokens
-    if capacity is None:
-        capacity = -(-max(tokens.shape[1], needed) // _ALIGNMENT) * _ALIGNMENT
-    elif capacity < needed:
-        raise ValueError(
-            f"capacity={capacity} is too small for a prompt of {lengths.max()} tokens and max_new_tokens="
-            f"{max_new_tokens}: {needed} slots are needed"
-        )
-    capacity = max(capacity, tokens.shape[1])
+    for name, value in (("max_new_tokens", max_new_tokens), ("block", block)):
+        _at_least_one(name, value)
     stride = _nested_stride(policy) if loop == "nested" else None
     if stride is not None:
         block = -(-block // stride) * stride  # a block starts at phase 0
 
     started = time.perf_counter()
-    state, first = start(
-        model,
-        params,
-        tokens,
-        lengths,
-        jax.random.key(seed),
-        policy=policy,
-        sampling=sampling,
-        capacity=capacity,
-        chunk=chunk,
-        implementation=implementation,
-    )
+    if isinstance(prompts, Prefilled):
+        prefilled, begin_loop = prompts, start
+        _check_capacity(prefilled.cache.capacity, int(prefilled.ends.lengths.max()), max_new_tokens)
+    else:
+        options = {"capacity": capacity, "chunk": chunk, "implementation": implementation}
+        prefilled, begin_loop = read(model, params, prompts, max_new_tokens=max_new_tokens, **options), _start_donating
+    lengths = np.asarray(prefilled.ends.lengths)
+    static = {"policy": policy, "sampling": sampling, "implementation": implementation}
+    state, first = begin_loop(model, prefilled.cache, prefilled.ends, jax.random.key(seed), **static)
+    del prefilled  # donated, unless it is the caller's
     first_token, first_log_prob = jax.device_get(first)
-    prefilled = time.perf_counter()
+    begun = time.perf_counter()
     outputs = [[int(token)] for token in first_token]
     log_probs = [[float(log_prob)] for log_prob in first_log_prob]
     if on_block is not None:
@@ -127,17 +114,9 @@ def generate(
     blocks: list[Block] = []
     remaining = max_new_tokens - 1
     while remaining > 0 and bool(jnp.any(state.active)):
+        limit = jnp.int32(min(block, remaining))
         state, device_block = run_block(
-            model,
-            params,
-            state,
-            jnp.int32(min(block, remaining)),
-            policy=policy,
-            sampling=sampling,
-            steps=block,
-            stride=stride,
-            coverage=coverage,
-            implementation=implementation,
+            model, params, state, limit, steps=block, stride=stride, coverage=coverage, **static
         )
         remaining -= block
         done: Block = jax.device_get(device_block)
@@ -155,26 +134,59 @@ def generate(
         log_probs,
         ["eos" if row[-1] in model.config.eos_ids else "limit" for row in outputs],
         _telemetry(model, policy, state.decode, lengths, blocks),
-        prefilled - started,
-        decoded - prefilled,
+        begun - started,
+        decoded - begun,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policy", "sampling", "capacity", "chunk", "implementation"))
-def start(model, params, tokens, lengths, key, *, policy, sampling, capacity, chunk, implementation):
-    """Prefill and the first token, which comes from the prefill's logits."""
-    logits, decode = prefill(
-        model,
-        params,
-        tokens,
-        lengths,
-        policy=policy,
-        capacity=capacity,
-        chunk=chunk,
-        implementation=implementation,
-    )
-    token, log_prob = sample(sampling, logits, jax.random.fold_in(key, 0))
+def read(
+    model: Llama,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    capacity: int | None = None,
+    chunk: int = 512,
+    implementation: str | None = None,
+) -> Prefilled:
+    """Runs the prompts through the model, `chunk` tokens at a time, and keeps room for `max_new_tokens` more.
+
+    `capacity` is the number of cache slots per row (default: what prompt and answer need; more where the last chunk
+    of the longest prompt needs it). Raises ValueError as `generate` does.
+    """
+    _at_least_one("chunk", chunk)
+    tokens, lengths = pad(prompts, model.config.vocab, chunk)
+    if capacity is None:
+        capacity = int(lengths.max()) + max_new_tokens
+    _check_capacity(capacity, int(lengths.max()), max_new_tokens)
+    capacity = -(-max(capacity, tokens.shape[1]) // _ALIGNMENT) * _ALIGNMENT
+    return _read(model, params, tokens, lengths, capacity=capacity, chunk=chunk, implementation=implementation)
+
+
+_read = jax.jit(read_prompts, static_argnames=("model", "capacity", "chunk", "implementation"))
+
+
+def _start(
+    model: Llama,
+    cache: KVCache,
+    ends: PromptEnds,
+    key: jax.Array,
+    *,
+    policy: Policy,
+    sampling: Sampling,
+    implementation: str | None,
+) -> tuple[LoopState, tuple[Int[Array, " batch"], Float[Array, " batch"]]]:
+    """The first selection, and the first token, which comes from the prefill's logits."""
+    token, log_prob = sample(sampling, ends.logits, jax.random.fold_in(key, 0))
+    decode = begin(policy, Prefilled(cache, ends), implementation=implementation)
     return LoopState(decode, token, ~_is_eos(model, token), key), (token, log_prob)
+
+
+start = jax.jit(_start, static_argnames=("model", "policy", "sampling", "implementation"))
+# for a prefill that nobody else needs: its cache becomes the state's
+_start_donating = jax.jit(
+    _start, static_argnames=("model", "policy", "sampling", "implementation"), donate_argnames=("cache",)
+)
 
 
 @functools.partial(
@@ -264,6 +276,19 @@ def _nested_stride(policy: Policy) -> int:
     if not isinstance(schedule, FixedStride):
         raise ValueError(f"loop='nested' needs a policy with a fixed stride, {policy.name!r} has none")
     return schedule.stride
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+
+
+def _check_capacity(capacity: int, prompt: int, max_new_tokens: int) -> None:
+    if capacity < prompt + max_new_tokens:
+        raise ValueError(
+            f"capacity={capacity} is too small for a prompt of {prompt} tokens and max_new_tokens={max_new_tokens}: "
+            f"{prompt + max_new_tokens} slots are needed"
+        )
 
 
 def pad(

@@ -60,7 +60,7 @@ def attend(
     `lengths` count the present token, `step` is 1 for the first decode step after prefill. Inactive rows change
     nothing and their output means nothing.
     """
-    query = mean_query(recycling, token)
+    query = _mean_query(recycling, token.bare_q, token.q)
     since = memory.steps_since[layer]
     similarity = _cosine(query, memory.query[layer])
     if kind == "scheduled":
@@ -138,13 +138,12 @@ def first_selection(
     recycling: Recycling,
     cache: KVCache,
     lengths: Int[Array, " batch"],
+    bare_q: Float[Array, "layers batch query_heads head_dim"],
     q: Float[Array, "layers batch query_heads head_dim"],
-    query: Float[Array, "layers batch head_dim"],
     *,
     implementation: str | None,
 ) -> tuple[Selection, RefreshMemory]:
-    """The selections and memory after prefill, made in every layer by the last prompt token (`q` its rotated queries,
-    `query` their mean over heads as the schedule compares it)."""
+    """The selections and memory after prefill, made in every layer by the queries of the last prompt token."""
 
     def select_in_layer(layer: Int[Array, ""]):
         k, v = cache.k[layer], cache.v[layer]
@@ -154,13 +153,17 @@ def first_selection(
 
     layers, batch = q.shape[:2]
     selection = Selection(*lax.map(select_in_layer, jnp.arange(layers)))
-    return selection, RefreshMemory(query, jnp.zeros((layers, batch), jnp.int32))
+    return selection, RefreshMemory(_mean_query(recycling, bare_q, q), jnp.zeros((layers, batch), jnp.int32))
 
 
-def mean_query(recycling: Recycling, token: LayerInput) -> Float[Array, "batch head_dim"]:
+def _mean_query(
+    recycling: Recycling,
+    bare_q: Float[Array, "*rows query_heads head_dim"],
+    q: Float[Array, "*rows query_heads head_dim"],
+) -> Float[Array, "*rows head_dim"]:
     """The query that schedules compare: mean over heads, float32."""
-    q = token.bare_q if recycling.schedule.query_point == "before_rope" else token.q
-    return jnp.mean(q.astype(jnp.float32), axis=1)
+    chosen = bare_q if recycling.schedule.query_point == "before_rope" else q
+    return jnp.mean(chosen.astype(jnp.float32), axis=-2)
 
 
 def selection_overlap(

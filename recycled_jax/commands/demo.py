@@ -11,6 +11,7 @@ from tqdm import tqdm
 from recycled_jax.commands.demo_report import AnsweredExample, PolicyRow, SpeedRow, write_report
 from recycled_jax.commands.loading import Checkpoint, Text
 from recycled_jax.commands.measure import BLOCK, BLOCKS, Measurement, measure
+from recycled_jax.generate import read
 from recycled_jax.policies import make_policy
 from recycled_jax.tasks.prose import generated_sentences, read_haystack
 from recycled_jax.tasks.retrieval import TASKS, Example, make_example, score
@@ -72,16 +73,22 @@ def demo(
     lengths = [length for length in (context // 4, context, 2 * context, 4 * context) if length <= longest]
     network, params = checkpoint.load("float32")
 
-    batches = len(TASK_NAMES) * -(-examples // BATCH)
-    with tqdm(total=batches * len(POLICIES) + len(lengths) * len(COMPARED), unit="run", file=sys.stderr) as progress:
+    groups = len(TASK_NAMES) * -(-examples // BATCH)
+    with tqdm(total=groups * len(POLICIES) + len(lengths) * len(COMPARED), unit="run", file=sys.stderr) as progress:
 
-        def run(prompts: Sequence[Sequence[int]], label: str, length: int) -> Measurement:
-            progress.set_description(f"{label}, {length} tokens")
-            measured = measure(network, params, prompts, policy=POLICIES[label], capacity=length + NEW_TOKENS)
-            progress.update()
+        def run(prompts: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, Measurement]:
+            """Every policy named, on one prefill."""
+            length = max(map(len, prompts))
+            progress.set_description(f"reading {length} tokens")
+            prefilled = read(network, params, prompts, max_new_tokens=NEW_TOKENS)
+            measured = {}
+            for label in labels:
+                progress.set_description(f"{label}, {length} tokens")
+                measured[label] = measure(network, params, prefilled, policy=POLICIES[label])
+                progress.update()
             return measured
 
-        rows, shown = _compare(checkpoint.text, questions, lambda prompts, label: run(prompts, label, context))
+        rows, shown = _compare(checkpoint.text, questions, run)
         speeds = _speeds(checkpoint.text, lengths, run)
     write_report(out, rows, speeds, shown, context=context, batch=min(BATCH, examples))
 
@@ -93,36 +100,35 @@ def _make_writable(out: Path) -> None:
         pass
 
 
-def _compare(
-    text: Text,
-    questions: dict[str, list[Example]],
-    run: Callable[[Sequence[Sequence[int]], str], Measurement],
-) -> tuple[list[PolicyRow], AnsweredExample]:
+Run = Callable[[Sequence[Sequence[int]], Sequence[str]], dict[str, Measurement]]
+
+
+def _compare(text: Text, questions: dict[str, list[Example]], run: Run) -> tuple[list[PolicyRow], AnsweredExample]:
     """A row of the table for every policy, and the last task's first example with each policy's answer."""
-    rows, shown = [], {}
-    for label in POLICIES:
-        accuracy, measured = {}, []
-        for task, examples in questions.items():
-            answers = []
-            for first in range(0, len(examples), BATCH):
-                # the last batch is filled up from the front, so that all have one shape and one speed
-                group = [examples[i % len(examples)] for i in range(first, first + min(BATCH, len(examples)))]
-                measured.append(run([text.encode(example.prompt) for example in group], label))
-                answers += [text.decode(tokens) for tokens in measured[-1].tokens]
-            accuracy[task] = float(np.mean([score(e, a) for e, a in zip(examples, answers, strict=False)]))
-            shown[label] = answers[0]
-        rows.append(PolicyRow.summarize(label, accuracy, measured))
+    measured: dict[str, list[Measurement]] = {label: [] for label in POLICIES}
+    accuracy: dict[str, dict[str, float]] = {label: {} for label in POLICIES}
+    shown: dict[str, str] = {}
+    for task, examples in questions.items():
+        answers: dict[str, list[str]] = {label: [] for label in POLICIES}
+        for first in range(0, len(examples), BATCH):
+            # the last batch is filled up from the front, so that all have one shape and one speed
+            group = [examples[i % len(examples)] for i in range(first, first + min(BATCH, len(examples)))]
+            for label, result in run([text.encode(example.prompt) for example in group], list(POLICIES)).items():
+                measured[label].append(result)
+                answers[label] += [text.decode(tokens) for tokens in result.tokens]
+        for label, given in answers.items():
+            accuracy[label][task] = float(np.mean([score(e, a) for e, a in zip(examples, given, strict=False)]))
+            shown[label] = given[0]
+    rows = [PolicyRow.summarize(label, accuracy[label], measured[label]) for label in POLICIES]
     return rows, AnsweredExample(questions[TASK_NAMES[-1]][0], shown)
 
 
-def _speeds(
-    text: Text, lengths: Sequence[int], run: Callable[[Sequence[Sequence[int]], str, int], Measurement]
-) -> list[SpeedRow]:
+def _speeds(text: Text, lengths: Sequence[int], run: Run) -> list[SpeedRow]:
     """Time per token of one row, for documents of several lengths."""
     sentences = generated_sentences(np.random.default_rng(0), max(lengths) // 4)
     tokens = text.encode(" ".join(sentences))
     return [
-        SpeedRow(label, length, run([(tokens * -(-length // len(tokens)))[:length]], label, length))
+        SpeedRow(label, length, measured)
         for length in lengths
-        for label in COMPARED
+        for label, measured in run([(tokens * -(-length // len(tokens)))[:length]], COMPARED).items()
     ]

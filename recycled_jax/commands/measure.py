@@ -2,11 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from recycled_jax.decode import Params
+from recycled_jax.decode import Params, Prefilled
 from recycled_jax.generate import generate
 from recycled_jax.model import Llama
 from recycled_jax.policies import Policy
@@ -37,16 +36,16 @@ class Measurement:
 def measure(
     model: Llama,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prefilled,
     *,
     policy: Policy,
-    capacity: int,
     block: int = BLOCK,
     blocks: int = BLOCKS,
 ) -> Measurement:
-    """Decodes a batch of prompts greedily and takes the time of decoding alone, after prefill and compilation.
+    """Decodes a batch of prompts greedily and takes the time of decoding alone, after compilation.
 
-    `block` steps run between two looks at the clock: a multiple of the stride, so that every block refreshes alike.
+    The prompts have been read with room for `block * blocks + 1` tokens. `block` steps run between two looks at the
+    clock: a multiple of the stride, so that every block refreshes alike.
     """
     endless = model.clone(config=replace(model.config, eos_ids=()))
     clock: list[float] = []
@@ -56,7 +55,6 @@ def measure(
         prompts,
         policy=policy,
         max_new_tokens=block * blocks + 1,
-        capacity=capacity,
         block=block,
         on_block=lambda _: clock.append(time.perf_counter()),
     )

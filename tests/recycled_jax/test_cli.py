@@ -85,7 +85,10 @@ BAD = {
     "policy flag": (["--polcy", "full"], "did you mean '--policy'?"),
     "policy": (["--policy", "recyled"], "did you mean 'recycled'?"),
     "knob": (["--policy.strid", "3"], "did you mean 'stride'?"),
-    "knob of another policy": (["--policy", "full", "--policy.k", "3"], "policy.k is not a knob of 'full', it has"),
+    "knob of another policy": (
+        ["--policy", "full", "--policy.k", "3"],
+        "policy.k is not a knob of 'full'; there is none",
+    ),
     "int": (["--max-new-tokens", "many"], "--max-new-tokens is 'many', expected int"),
     "optional": (["--top-p", "much"], "--top-p is 'much', expected float | none"),
     "choice": (["--dtype", "int8"], "--dtype is 'int8', expected float32 | bfloat16"),

@@ -108,6 +108,12 @@ def test_refuses(fields, message):
         LlamaConfig.from_hf({**LLAMA, **fields})
 
 
+def test_a_mistral_config_without_a_window_means_the_default_one():
+    fields = {name: value for name, value in CONFIGS["mistral"].items() if name != "sliding_window"}
+    with pytest.raises(ValueError, match="sliding_window=4096, only models without"):
+        LlamaConfig.from_hf(fields)
+
+
 def test_the_switched_off_window_of_qwen2_is_no_window():
     LlamaConfig.from_hf({**CONFIGS["qwen2"], "use_sliding_window": False, "sliding_window": 4096})
 

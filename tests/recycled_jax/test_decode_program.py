@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from recycled_jax.decode import prefill
-from recycled_jax.generate import LoopState, pad, run_block, start
+from recycled_jax.generate import LoopState, read, run_block, start
 from recycled_jax.policies import make_policy
 from recycled_jax.sampling import Sampling
-from tests.recycled_jax.random_model import CONFIG, prompts, tiny_model
+from tests.recycled_jax.random_model import prompts, tiny_model
 
 CAPACITY = 640  # a number that no other dimension of the tiny model has
 POLICIES = {
@@ -27,9 +27,9 @@ STATIC = ("model", "policy", "sampling", "steps", "stride", "coverage", "impleme
 
 def fresh_state(policy) -> LoopState:
     model, params = tiny_model()
-    tokens, lengths = pad(prompts(20, 30), CONFIG.vocab, 32)
+    prefilled = read(model, params, prompts(20, 30), max_new_tokens=8, capacity=CAPACITY, chunk=32)
     options = {"policy": policy, "sampling": Sampling(), "implementation": None}
-    return start(model, params, tokens, lengths, jax.random.key(0), capacity=CAPACITY, chunk=32, **options)[0]
+    return start(model, prefilled.cache, prefilled.ends, jax.random.key(0), **options)[0]
 
 
 def compile_block(policy, *, stride=None, donate=True):

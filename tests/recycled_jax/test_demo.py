@@ -8,7 +8,7 @@ from recycled_jax.checkpoint import load_model
 from recycled_jax.commands import demo as command
 from recycled_jax.commands.loading import Checkpoint
 from recycled_jax.commands.measure import BLOCK, BLOCKS, Measurement, measure
-from recycled_jax.generate import generate
+from recycled_jax.generate import generate, read
 from recycled_jax.policies import make_policy
 from tests.recycled_jax import tiny
 
@@ -38,7 +38,7 @@ def asked(monkeypatch, model):
     text = Checkpoint.find(str(model)).text
     prompts: list[str] = []
 
-    def answer(model, params, rows, *, policy, capacity):
+    def answer(model, params, rows, *, policy):
         documents = [text.decode(row[1:]) for row in rows]
         prompts.extend(documents)
         tokens = []
@@ -50,6 +50,7 @@ def asked(monkeypatch, model):
         refreshes = {"full": 40.0, "recycled": 5.0, "recycled-dynamic": 2.0, "streaming": 0.0}[policy.name]
         return Measurement(tokens, 0.01 * (1 + refreshes), 1000.0 * (1 + refreshes), 41000.0, 40, refreshes)
 
+    monkeypatch.setattr(command, "read", lambda model, params, rows, *, max_new_tokens: rows)
     monkeypatch.setattr(command, "measure", answer)
     return prompts
 
@@ -63,8 +64,9 @@ def test_measure(model):
     network, params = load_model(model)
     prompts = [list(range(1, 60)), list(range(60, 90))]
     policy = make_policy("recycled", k=16, stride=4)
-    found = measure(network, params, prompts, policy=policy, capacity=128)
-    expected = generate(network, params, prompts, policy=policy, max_new_tokens=BLOCK * BLOCKS + 1, capacity=128)
+    prefilled = read(network, params, prompts, max_new_tokens=BLOCK * BLOCKS + 1)
+    found = measure(network, params, prefilled, policy=policy)
+    expected = generate(network, params, prefilled, policy=policy, max_new_tokens=BLOCK * BLOCKS + 1)
     for row in range(2):  # the same tokens, but that nothing stops
         assert len(found.tokens[row]) == BLOCK * BLOCKS + 1
         assert found.tokens[row][: len(expected.tokens[row])] == expected.tokens[row]

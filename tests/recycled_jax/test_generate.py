@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recycled_jax.generate import generate
+from recycled_jax.generate import generate, read
 from recycled_jax.policies import make_policy
 from recycled_jax.sampling import Sampling, sample
 from tests.recycled_jax.random_model import CONFIG, prompts, tiny_model
@@ -58,6 +58,17 @@ def test_block_size_changes_nothing(block):
 
     result = run(rows, policy=RECYCLED, block=block, on_block=collect)
     assert result.tokens == run(rows, policy=RECYCLED).tokens == seen
+
+
+def test_policies_share_a_prefill():
+    rows = prompts(11, 4)
+    model, params = tiny_model()
+    prefilled = read(model, params, rows, max_new_tokens=12, chunk=16)
+    for policy in (FULL, RECYCLED, FULL):
+        shared = generate(model, params, prefilled, policy=policy, max_new_tokens=12, block=8)
+        assert shared.tokens == run(rows, policy=policy).tokens
+    with pytest.raises(ValueError, match="capacity=128 is too small for a prompt of 11 tokens and max_new_tokens=118"):
+        generate(model, params, prefilled, policy=FULL, max_new_tokens=118)
 
 
 def test_one_token_needs_no_step():

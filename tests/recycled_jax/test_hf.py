@@ -214,7 +214,9 @@ class TestRefusals:
             load_hf(checkpoint, dtype=None)
         load_hf(checkpoint, dtype=jnp.float32)
 
-    @pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": {"a": "../secret.safetensors"}}', '{"weight_map": ["a"]}'])
+    @pytest.mark.parametrize(
+        "content", ["{", "{}", '{"weight_map": {"a": "../secret.safetensors"}}', '{"weight_map": ["a"]}']
+    )
     def test_damaged_index(self, checkpoint, content):
         (checkpoint / FILE).unlink()
         (checkpoint / INDEX).write_text(content)

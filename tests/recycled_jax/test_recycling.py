@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recycled_jax.generate import generate, pad, run_block, start
+from recycled_jax.generate import generate, read, run_block, start
 from recycled_jax.policies import (
     AttentionScorer,
     Never,
@@ -34,9 +34,9 @@ def run(policy: Policy, rows=RAGGED, **options):
 def final_state(policy: Policy, rows=RAGGED, *, steps: int = NEW - 1, nested: bool = False) -> DecodeState:
     """The decode state after `steps` steps on the tokens that `policy` itself chooses."""
     model, params = tiny_model()
-    tokens, lengths = pad(rows, CONFIG.vocab, 16)
+    prefilled = read(model, params, rows, max_new_tokens=steps + 1, chunk=16)
     static = {"policy": policy, "sampling": Sampling(), "implementation": None}
-    state, _ = start(model, params, tokens, lengths, jax.random.key(0), capacity=128, chunk=16, **static)
+    state, _ = start(model, prefilled.cache, prefilled.ends, jax.random.key(0), **static)
     stride = policy.recycling.schedule.stride if nested else None
     buffers = steps if stride is None else -(-steps // stride) * stride
     state, _ = run_block(model, params, state, jnp.int32(steps), steps=buffers, stride=stride, coverage=False, **static)
@@ -227,9 +227,7 @@ def test_coverage_of_a_row_ends_with_its_last_step():
     done = generate(stopping, params, rows, policy=policy, coverage=True, **OPTIONS).telemetry
     assert done.steps[0] < done.steps[1]
     for row, steps in enumerate(done.steps):
-        np.testing.assert_allclose(
-            done.mean_coverage()[:, row], done.coverage[:steps, :, row].mean(axis=0), rtol=1e-5
-        )
+        np.testing.assert_allclose(done.mean_coverage()[:, row], done.coverage[:steps, :, row].mean(axis=0), rtol=1e-5)
 
 
 def test_overlap_of_successive_selections():
