@@ -104,6 +104,7 @@ def write_tensors(
         tensors = {name: tensor_of(name) for name in names}
         try:
             save_file(tensors, folder / file_name, metadata={"format": "pt"})
+            (folder / file_name).chmod(0o644)  # the library lets only the owner read it
         except SafetensorError as error:  # such as a full disk
             raise OSError(f"{folder / file_name} cannot be written: {error}") from error
         file_of.update(dict.fromkeys(names, file_name))
