@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -104,13 +104,17 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | Path) -> "LlamaConfig":
-        """The config in a Hugging Face `config.json`: its dict, its path, or the folder that holds it.
+        """The config in a Hugging Face `config.json`: its dict, its path, or the folder that holds it. In a folder, the
+        end-of-sequence ids are those of `generation_config.json` where it names any.
 
         Reads rotary settings in the older form (`rope_theta`, `rope_scaling`) and the newer
         (`rope_parameters`). Raises ValueError for an unknown `model_type` and for any field that changes the
         mathematics in a way this library does not compute, FileNotFoundError when the path holds no config.
         """
-        hf = source if isinstance(source, Mapping) else _read_json(Path(source))
+        if isinstance(source, Mapping):
+            hf = source
+        else:
+            hf = _read_folder(Path(source)) if Path(source).is_dir() else _read_json(Path(source))
         model_type = hf.get("model_type")
         if model_type not in MODEL_TYPES:
             raise ValueError(_unknown("model_type", model_type, MODEL_TYPES))
@@ -119,6 +123,9 @@ class LlamaConfig:
         missing = [name for name in _REQUIRED if hf.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}, which every {model_type} model has")
+        for name, kind in _TYPES.items():
+            if hf.get(name) is not None and (not isinstance(hf[name], kind) or isinstance(hf[name], bool)):
+                raise ValueError(f"config.json has {name}={hf[name]!r}, expected a number")
         query_heads = hf["num_attention_heads"]
         eos = hf.get("eos_token_id")
         return cls(
@@ -177,11 +184,12 @@ class LlamaConfig:
             hf["sliding_window"] = None  # absent means 4096 to transformers
         return hf
 
-    def with_vocab(self, vocab: int) -> "LlamaConfig":
-        return replace(self, vocab=vocab)
-
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+_TYPES = dict.fromkeys((*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"), int) | dict.fromkeys(
+    ("rms_norm_eps", "initializer_range"), (int, float)
+)
 
 
 def _default_head_dim(hf: Mapping[str, Any]) -> int:
@@ -212,6 +220,8 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
     newer = hf.get("rope_parameters") or {}
     scaling = newer or hf.get("rope_scaling") or {}
     theta = newer.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    if not isinstance(theta, int | float):
+        raise ValueError(f"config.json has rope_theta={theta!r}, expected a number")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"config.json has partial_rotary_factor={scaling['partial_rotary_factor']}, only 1.0 is supported"
@@ -232,8 +242,16 @@ def _unknown(argument: str, value: object, valid: tuple[str, ...]) -> str:
     return f"{argument}={value!r} is not supported, {nearest(str(value), valid)}"
 
 
+def _read_folder(folder: Path) -> Mapping[str, Any]:
+    hf = _read_json(folder / "config.json")
+    # chat models end a turn with an id that only generation_config.json names
+    if (folder / "generation_config.json").is_file():
+        eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+        return hf if eos is None else {**hf, "eos_token_id": eos}
+    return hf
+
+
 def _read_json(path: Path) -> Mapping[str, Any]:
-    path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, expected the config.json of a Hugging Face model")
     try:

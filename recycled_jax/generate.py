@@ -4,7 +4,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     capacity: int | None = None,
-    chunk: int = 512,
+    chunk: int | None = None,
     loop: Loop = "cond",
     seed: int = 0,
     coverage: bool = False,
@@ -80,9 +80,11 @@ def generate(
     """Continues every prompt by up to `max_new_tokens` tokens, until one of the model's end-of-sequence ids.
 
     `prompts` are token ids, special tokens included, or what `read` made of them: then several policies can go on
-    from one prefill. `capacity` and `chunk` as in `read`. `block` decode steps run on the device between two looks of
-    the host; after each, `on_block` gets the tokens every row has gained. `coverage` records the attention mass on the
-    selections, which reads all keys: not for timing. Greedy unless `sampling` says otherwise.
+    from one prefill. (Its cache is copied, so there are two; `prefill_seconds` covers the first selection only.)
+    `capacity` and `chunk` (default 512) are those of `read`. `block` decode steps run on the device between two looks
+    of the host; after each, `on_block` gets the tokens every row has gained. `coverage` records the attention mass on
+    the selections, which reads all keys: not for timing. Greedy unless `sampling` says otherwise; a sampled row draws
+    by its place in the batch.
 
     Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt that does not fit, and `nested` with
     a schedule other than a fixed stride.
@@ -90,16 +92,20 @@ def generate(
     sampling = Sampling() if sampling is None else sampling
     for name, value in (("max_new_tokens", max_new_tokens), ("block", block)):
         _at_least_one(name, value)
+    if loop not in get_args(Loop):
+        raise ValueError(f"loop={loop!r} must be one of {', '.join(get_args(Loop))}")
     stride = _nested_stride(policy) if loop == "nested" else None
     if stride is not None:
         block = -(-block // stride) * stride  # a block starts at phase 0
 
     started = time.perf_counter()
     if isinstance(prompts, Prefilled):
+        if capacity is not None or chunk is not None:
+            raise ValueError(f"capacity={capacity} and chunk={chunk} belong to prompts that are still to be read")
         prefilled, begin_loop = prompts, start
         _check_capacity(prefilled.cache.capacity, int(prefilled.ends.lengths.max()), max_new_tokens)
     else:
-        options = {"capacity": capacity, "chunk": chunk, "implementation": implementation}
+        options = {"capacity": capacity, "chunk": 512 if chunk is None else chunk, "implementation": implementation}
         prefilled, begin_loop = read(model, params, prompts, max_new_tokens=max_new_tokens, **options), _start_donating
     lengths = np.asarray(prefilled.ends.lengths)
     static = {"policy": policy, "sampling": sampling, "implementation": implementation}
@@ -151,8 +157,8 @@ def read(
 ) -> Prefilled:
     """Runs the prompts through the model, `chunk` tokens at a time, and keeps room for `max_new_tokens` more.
 
-    `capacity` is the number of cache slots per row (default: what prompt and answer need; more where the last chunk
-    of the longest prompt needs it). Raises ValueError as `generate` does.
+    `capacity` is the number of cache slots per row (default: what prompt and answer need), rounded up to a multiple of
+    128 and to where the last chunk of the longest prompt ends. Raises ValueError as `generate` does.
     """
     _at_least_one("chunk", chunk)
     tokens, lengths = pad(prompts, model.config.vocab, chunk)

@@ -36,7 +36,9 @@ class LayerTrace(NamedTuple):
     requested: Bool[Array, " batch"]  # the row's own wish
     refreshed: Bool[Array, " batch"]  # after the row rule
     similarity: Float[Array, " batch"]  # cosine with the query of the last refresh
-    overlap: Float[Array, " batch"]  # at a refresh: Jaccard overlap of the old and new selection, mean over kv heads
+    overlap: Float[
+        Array, " batch"
+    ]  # at a refresh: Jaccard overlap of what was held and what is now, mean over kv heads
     coverage: Float[Array, " batch"]  # attention mass on the selection, mean over query heads; when asked for
 
 

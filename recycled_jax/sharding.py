@@ -10,7 +10,6 @@ from recycled_jax.weights import map_weights
 # logical axis → mesh axis (None, or absent from the mesh: replicated)
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "tokens": "sequence",
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",

@@ -44,8 +44,8 @@ def generate(
 ) -> None:
     """Continues one prompt on the terminal, or many from a JSONL file into another.
 
-    With --prompt-file the text appears as it is generated, then a line of figures on standard error. With --prompts
-    every line of --out is an object with index, text, tokens (how many), log_prob_sum, log_prob_mean, stop (eos or
+    With --prompt-file the text appears as it is generated, then a line of figures on standard error. Every line of
+    --out, one with --prompt-file and one for each of --prompts, is an object with index, text, tokens (how many), log_prob_sum, log_prob_mean, stop (eos or
     limit), policy, effective_stride (decode steps per refresh, mean over layers; null when there was none),
     kv_bytes_per_token, prompt_sha256 and all further fields of the prompt. An interrupted run is taken up by the same
     command.
@@ -58,7 +58,7 @@ def generate(
         answer_prefix: How the answer to the question begins. For the embedded model, --question "What is the magic
             number for apple?" --answer-prefix "The magic number for apple is ".
         prompts: JSON Lines, on each line an object with prompt, or with context and question (and answer_prefix).
-        out: JSON Lines file for the results of --prompts.
+        out: JSON Lines file for the results.
         max_new_tokens: Most tokens to generate for a prompt.
         temperature: 0 is greedy.
         top_k: Sample from this many likeliest tokens.
@@ -95,6 +95,12 @@ def generate(
         "batch": batch,
     }
     with Results(out, written, items) as results:
+        if prompt_file is not None:
+            if not results.finished:
+                done = _stream(checkpoint, dtype, rows[0], {**settings, "seed": seed})
+                results.append([_result(items[0], 0, done, checkpoint, written["policy"])])
+            print(f"{len(results.finished)} result in {out}", file=sys.stderr)
+            return
         groups = [list(zip(items, rows, strict=True))[first : first + batch] for first in range(0, len(items), batch)]
         unfinished = [group for group in groups if any(item.index not in results.finished for item, _ in group)]
         if unfinished:
@@ -109,8 +115,6 @@ def _read_prompts(
     if answer_prefix and question is None:
         raise ValueError(f"answer_prefix={answer_prefix!r} needs question")
     if prompt_file is not None and prompts is None:
-        if out is not None:
-            raise ValueError(f"out={str(out)!r} is for prompts, the text of prompt_file goes to standard output")
         return [read_prompt_file(prompt_file, question, answer_prefix)]
     if prompts is not None and prompt_file is None:
         if out is None:
@@ -149,7 +153,7 @@ def _encode(
     return rows
 
 
-def _stream(checkpoint: Checkpoint, dtype: str, row: list[int], settings: dict) -> None:
+def _stream(checkpoint: Checkpoint, dtype: str, row: list[int], settings: dict) -> Generation:
     model, params = checkpoint.load(dtype)
     print(f"reading {len(row)} tokens with policy {settings['policy'].name} …", file=sys.stderr, flush=True)
     streamer = Streamer(checkpoint.text.decode, partial(print, end="", flush=True))
@@ -158,6 +162,7 @@ def _stream(checkpoint: Checkpoint, dtype: str, row: list[int], settings: dict) 
     finally:  # after Ctrl-C the text so far stands complete
         streamer.finish()
     print(_figures(done, streamer.tokens_per_second), file=sys.stderr)
+    return done
 
 
 def _figures(done: Generation, tokens_per_second: float | None) -> str:

@@ -57,8 +57,3 @@ class Policy:
 
     name: str
     recycling: Recycling | None = None
-
-    @property
-    def budget(self) -> int | None:
-        """Slots a recycled step reads, per layer, row and kv head."""
-        return None if self.recycling is None else self.recycling.selector.k

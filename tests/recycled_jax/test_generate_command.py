@@ -71,6 +71,26 @@ def read_rows(path) -> list[dict]:
 
 
 class TestResults:
+    def test_one_prompt_streams_and_leaves_a_row(self, model, tmp_path, capsys):
+        (tmp_path / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
+        out = tmp_path / "one.jsonl"
+        arguments = [
+            "generate",
+            "--model",
+            str(model),
+            "--prompt-file",
+            str(tmp_path / "prompt.txt"),
+            "--out",
+            str(out),
+        ]
+        arguments += ["--max-new-tokens", "6", "--policy", "full"]
+        assert cli.main(arguments) == 0
+        streamed = capsys.readouterr().out
+        (row,) = read_rows(out)
+        assert row["index"] == 0 and row["text"] == streamed.removesuffix("\n")
+        assert cli.main(arguments) == 0  # finished: nothing is decoded again
+        assert capsys.readouterr().out == "" and read_rows(out) == [row]
+
     def test_a_row_for_every_prompt(self, run, model, tmp_path):
         assert run() == 0
         rows = read_rows(tmp_path / "out.jsonl")
@@ -305,7 +325,6 @@ class TestBadInput:
             ([], "expected either prompt_file or prompts, got neither"),
             (["--prompts", "a", "--prompt-file", "b"], "expected either prompt_file or prompts, got both"),
             (["--prompts", "a"], "prompts='a' needs out"),
-            (["--prompt-file", "a", "--out", "b"], "out='b' is for prompts"),
             (["--prompt-file", "a", "--answer-prefix", "b"], "answer_prefix='b' needs question"),
             (["--prompts", "a", "--out", "b", "--question", "c"], "question='c' is for prompt_file"),
             (["--prompt-file", "a", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),

@@ -77,10 +77,17 @@ def test_equals_numpy_refreshkv_on_a_ragged_batch(name, knobs):
     assert fired > 0
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 8, 23])
-def test_selections_equal_numpy_refreshkv(steps):
-    knobs = {"k": 8, "stride": 4}
-    state = final_state(make_policy("recycled", **knobs), steps=steps)
+@pytest.mark.parametrize("steps", [1, 5, 8, 23])
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("recycled", {"k": 8, "stride": 4}),
+        ("recycled-dynamic", {"k": 8, "stride": 2, "threshold": 0.6, "max_stride": 7}),
+    ],
+    ids=str,
+)
+def test_selections_equal_numpy_refreshkv(name, knobs, steps):
+    state = final_state(make_policy(name, **knobs), steps=steps)
     _, params = tiny_model()
     for row, prompt in enumerate(RAGGED):
         oracle = NumpyRefreshKV(CONFIG, params, **knobs)
@@ -209,6 +216,23 @@ def test_row_rules():
         unanimous.refreshed, np.broadcast_to(unanimous.requested.all(-1, keepdims=True), unanimous.refreshed.shape)
     )
     assert together.refreshed.sum() > per_row.refreshed.sum() > unanimous.refreshed.sum()
+    steps = len(together.refreshed)
+    np.testing.assert_allclose(together.requested_stride(), steps / together.requested.sum(axis=0))
+
+
+@pytest.mark.parametrize("rule", ["any", "all"])
+def test_stopped_rows_have_no_voice(rule):
+    policy = make_policy("recycled-dynamic", k=8, stride=2, threshold=0.6, rows=rule)
+    eos = run(policy, rows=RAGGED[:2]).tokens[0][3]
+    model, params = tiny_model()
+    model = model.clone(config=dataclasses.replace(CONFIG, eos_ids=(eos,)))
+    both = generate(model, params, RAGGED[:2], policy=policy, **OPTIONS)
+    stopped = both.telemetry.steps[0]
+    assert stopped < both.telemetry.steps[1]
+    after = both.telemetry.refreshed[stopped:]
+    assert not after[:, :, 0].any() and not both.telemetry.requested[stopped:, :, 0].any()
+    # alone from there on, the other row refreshes exactly when it wants to
+    np.testing.assert_array_equal(after[:, :, 1], both.telemetry.requested[stopped:, :, 1])
 
 
 def test_coverage_is_the_attention_mass_on_the_selection():

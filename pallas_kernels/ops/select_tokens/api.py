@@ -32,7 +32,7 @@ def select_tokens(
         entry   k-sinks-1          self
         entries k-sinks to k-1     slots 0 to sinks-1
 
-    Source: RefreshKV (arXiv 2411.05787), how its partial cache is rebuilt; forced self and sinks are ours.
+    Source: RefreshKV (arXiv 2411.05787), how its compact buffer is rebuilt; forced self and sinks are ours.
 
     Args:
         scores: any finite numbers in the first `lengths[b]` slots of row b; padding may hold anything.
