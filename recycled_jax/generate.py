@@ -246,7 +246,7 @@ def run_block(
         done, state, block = carry
         return done + 1, *one_step(done, (state, block), "scheduled")
 
-    def cycle(carry):
+    def cycle(carry, stride: int):
         done, state, block = carry
         state, block = lax.fori_loop(
             0, stride - 1, lambda i, inner: one_step(done + i, inner, "recycled"), (state, block)
@@ -258,7 +258,8 @@ def run_block(
         return (done < limit) & jnp.any(state.active)
 
     carry = (jnp.int32(0), state, _empty_block(model, steps, state.token.shape[0]))
-    _, state, block = lax.while_loop(unfinished, scheduled if stride is None else cycle, carry)
+    body = scheduled if stride is None else functools.partial(cycle, stride=stride)
+    _, state, block = lax.while_loop(unfinished, body, carry)
     return state, block
 
 
@@ -318,11 +319,10 @@ def pad(
 def _telemetry(
     model: Llama, policy: Policy, state: DecodeState, lengths: Int[np.ndarray, " batch"], blocks: list[Block]
 ) -> Telemetry:
-    steps = sum((block.steps for block in blocks), np.zeros(len(lengths), np.int32))
-    traces = [LayerTrace(*(field[: block.steps.max()] for field in block.trace)) for block in blocks]
-    if traces:
-        trace = jax.tree.map(lambda *parts: np.concatenate(parts), *traces)
-    else:
-        nothing = np.zeros((0, model.config.layers, len(lengths)))
-        trace = LayerTrace(nothing.astype(bool), nothing.astype(bool), nothing, nothing, nothing)
-    return Telemetry(model.config, policy, state.cache.k.dtype.itemsize, np.asarray(lengths), steps, **trace._asdict())
+    parts = [_empty_block(model, 0, len(lengths)), *blocks]
+    steps = np.sum([np.asarray(block.steps) for block in parts], axis=0)
+    trace = {
+        name: np.concatenate([np.asarray(getattr(block.trace, name))[: np.max(block.steps)] for block in parts])
+        for name in LayerTrace._fields
+    }
+    return Telemetry(model.config, policy, state.cache.k.dtype.itemsize, lengths, steps, **trace)

@@ -94,6 +94,7 @@ def attend(
             other_attended, other, _ = reuse(selection)
         with jax.named_scope("attention/refresh"):
             k, v = cache.k[layer], cache.v[layer]
+            attended = None
             if recycling.refresh == "full":
                 scores, attended = recycling.scorer.score_and_attend(
                     token.q, k, v, lengths, implementation=implementation
@@ -102,7 +103,7 @@ def attend(
                 scores = recycling.scorer.score(token.q, k, lengths, implementation=implementation)
             positions = recycling.selector.select(scores, lengths, implementation=implementation)
             selected_k, selected_v = gather_selection(k, v, positions, implementation=implementation)
-            if recycling.refresh == "selection":
+            if attended is None:
                 attended = selection_attention(
                     token.q, selected_k, selected_v, positions >= 0, implementation=implementation
                 )

@@ -45,10 +45,10 @@ def generate(
     """Continues one prompt on the terminal, or many from a JSONL file into another.
 
     With --prompt-file the text appears as it is generated, then a line of figures on standard error. Every line of
-    --out, one with --prompt-file and one for each of --prompts, is an object with index, text, tokens (how many), log_prob_sum, log_prob_mean, stop (eos or
-    limit), policy, effective_stride (decode steps per refresh, mean over layers; null when there was none),
-    kv_bytes_per_token, prompt_sha256 and all further fields of the prompt. An interrupted run is taken up by the same
-    command.
+    --out, one with --prompt-file and one for each of --prompts, is an object with index, text, tokens (how many),
+    log_prob_sum, log_prob_mean, stop (eos or limit), policy, effective_stride (decode steps per refresh, mean over
+    layers; null when there was none), kv_bytes_per_token, prompt_sha256 and all further fields of the prompt. An
+    interrupted run is taken up by the same command.
 
     Args:
         model: Folder of a checkpoint, or name of a model in the local Hugging Face cache; the embedded model when not
