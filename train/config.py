@@ -114,7 +114,7 @@ class Mesh:
 class TrainConfig:
     """One run. `out` holds checkpoints, metrics and, at the end, the exported Hugging Face folder.
 
-    Activations are `dtype`; parameters and optimiser moments are float32.
+    Activations are `dtype`; parameters and optimiser moments are float32; the exported weights are `export_dtype`.
     """
 
     out: str = "runs/embedded"
@@ -131,6 +131,7 @@ class TrainConfig:
     evaluate_length: int = 1024
     log_every: int = 10
     dtype: Literal["float32", "bfloat16"] = "float32"
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
     def __post_init__(self) -> None:

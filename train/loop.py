@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> Path | None:
     if done < config.steps:
         tqdm.write(f"stopped at step {done} of {config.steps}; the same command goes on from there")
         return None
-    save_hf(out / "hf", model, state.params, tokenizer=tokenizer)
+    save_hf(out / "hf", model, state.params, tokenizer=tokenizer, dtype=jnp.dtype(config.export_dtype))
     return out / "hf"
 
 
