@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(VENV)/bin/recycled demo --out demo_out
 
 test: $(STAMP)
-	$(RUN) pytest
+	$(RUN) pytest -n auto
 
 test-slow: $(STAMP)
 	$(RUN) pytest -m slow
