@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow bench lint types clean
+.PHONY: install demo test bench lint types clean
 
 install: $(STAMP)
 
@@ -13,9 +13,6 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) pytest -n auto
-
-test-slow: $(STAMP)
-	$(RUN) pytest -m slow
 
 bench: $(STAMP)
 	$(RUN) eval.speed --out speed.json
