@@ -28,10 +28,11 @@ def speed(
     lengths: list[int] = [4096, 8192, 16384],  # noqa: B006  (a default for the command line, never changed)
     k: int = 512,
     stride: int = 10,
-    blocks: int = 11,
+    strides: int = 2,
+    blocks: int = 22,
     model: str | None = None,
 ) -> None:
-    """`blocks` blocks of `stride` steps, the first not timed; `model` is the embedded one when not given."""
+    """`blocks` blocks of `strides` × `stride` steps, the first not timed; `model`: the embedded one when not given."""
     checkpoint = Checkpoint.find(model)
     network, params = checkpoint.load("float32")
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -50,9 +51,9 @@ def speed(
     for length in lengths:
         prompt = (tokens * -(-length // len(tokens)))[:length]
 
-        prefilled = read(network, params, [prompt], max_new_tokens=stride * blocks + 1)
+        prefilled = read(network, params, [prompt], max_new_tokens=strides * stride * blocks + 1)
         steps = {
-            name: measure(network, params, prefilled, policy=policy, block=stride, blocks=blocks)
+            name: measure(network, params, prefilled, policy=policy, block=strides * stride, blocks=blocks)
             for name, policy in policies.items()
         }
         full = min(steps["full"].step_seconds, steps["full_again"].step_seconds)
