@@ -1,0 +1,56 @@
+"""The two evaluation programs, on a tiny random model."""
+
+import json
+
+import pytest
+
+from eval.retrieval import evaluate, table
+from eval.speed import speed
+from tests.recycled_jax.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny"))
+
+
+def test_retrieval_scores_every_policy_on_the_same_examples(model, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    evaluate(out, lengths=[300], tasks=["single"], policies=["full", "streaming"], examples=3, batch=2, model=model)
+    result = json.loads(out.read_text())
+    assert [(c["policy"], c["task"], c["length"], c["n"]) for c in result["cells"]] == [
+        ("full", "single", 300, 3),
+        ("streaming", "single", 300, 3),
+    ]
+    assert all(c["interval"][0] <= c["score"] <= c["interval"][1] for c in result["cells"])
+    assert {"jax", "jaxlib", "flax"} <= result["versions"].keys() and result["device"]["kind"] == "cpu"
+    assert "| full | 0 |" in capsys.readouterr().out  # a random model knows nothing
+
+
+def test_table_by_hand():
+    cells = [
+        {"policy": "full", "task": "single", "length": 8, "score": 100.0},
+        {"policy": "full", "task": "chain", "length": 8, "score": 49.6},
+        {"policy": "none", "task": "single", "length": 8, "score": 0.0},
+    ]
+    assert table(cells).splitlines() == [
+        "| policy | single 8 | chain 8 |",
+        "|---|---|---|",
+        "| full | 100 | 50 |",
+        "| none | 0 |  |",
+    ]
+
+
+def test_speed_puts_floor_and_dense_beside_every_step(model, tmp_path):
+    out = tmp_path / "speed.json"
+    speed(out, lengths=[200], k=16, stride=2, strides=1, blocks=3, model=model)
+    result = json.loads(out.read_text())
+    cells = {cell["step"]: cell for cell in result["cells"]}
+    assert cells.keys() == {
+        "full", "recycled_step", "refresh_step", "recycled", "recycled_score_only", "full_again"
+    }  # fmt: skip
+    assert all(cell["kind"] == "measured" and cell["ms"] > 0 and cell["floor_ms"] > 0 for cell in cells.values())
+    # 2 layers of 2 kv heads of 8 channels of 4 bytes; a recycled step reads 16 keys and values
+    assert cells["recycled_step"]["kv_bytes"] == 2 * 2 * 8 * 4 * 2 * 16
+    assert cells["recycled_step"]["kv_bytes"] < cells["recycled_score_only"]["kv_bytes"] < cells["recycled"]["kv_bytes"]
+    assert cells["recycled"]["kv_bytes"] < cells["full"]["kv_bytes"] < cells["refresh_step"]["kv_bytes"]
