@@ -7,6 +7,8 @@ Whole sequences
 One query step over the full cache
     decode_attention     attention, with or without the scores of the slots
     token_scores         the scores alone: keys are read, values are not
+    page_scores          an upper bound for the slots of every page, from the page's smallest and largest keys
+    chunk_scores         the query against one vector per chunk
 
 Making a selection
     select_tokens        the k slots to keep, from their scores
@@ -16,25 +18,40 @@ One query step over a selection
     selection_attention  attention over a compact buffer
     gather_attention     attention straight over the selected slots of the cache
 
-Every operation has one function and one folder in `ops/`. Its argument `implementation` is None (chosen by
-platform), "reference" (float32 oracle), "xla" (portable), or any other name in the operation's table. Query
-head h uses kv head h // group, where group = query_heads // kv_heads.
+The cache is a `KVCache`, a stack of layers in one of two layouts (`cache.py`); a compact buffer is one too.
+
+Every operation has one function and one folder in `ops/`. Its argument `implementation` is None (chosen by platform),
+"reference" (float32 oracle), "xla" (portable) or "pallas_tpu"; a name that cannot run is an error. Query head h uses
+kv head h // group, where group = query_heads // kv_heads.
 """
 
+from pallas_kernels.cache import HeadMajor, KVCache, TokenMajor, empty_cache, from_heads
+from pallas_kernels.dispatch import interpreted, preferred_layout
 from pallas_kernels.ops.causal_attention.api import causal_attention
+from pallas_kernels.ops.chunk_scores.api import chunk_scores
 from pallas_kernels.ops.decode_attention.api import decode_attention
 from pallas_kernels.ops.gather_attention.api import gather_attention
 from pallas_kernels.ops.gather_selection.api import gather_selection
+from pallas_kernels.ops.page_scores.api import page_scores
 from pallas_kernels.ops.prefill_attention.api import prefill_attention
 from pallas_kernels.ops.select_tokens.api import select_tokens
 from pallas_kernels.ops.selection_attention.api import selection_attention
 from pallas_kernels.ops.token_scores.api import token_scores
 
 __all__ = [
+    "HeadMajor",
+    "KVCache",
+    "TokenMajor",
     "causal_attention",
+    "chunk_scores",
     "decode_attention",
+    "empty_cache",
+    "from_heads",
     "gather_attention",
     "gather_selection",
+    "interpreted",
+    "page_scores",
+    "preferred_layout",
     "prefill_attention",
     "select_tokens",
     "selection_attention",

@@ -9,33 +9,66 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Int
+
+from pallas_kernels.cache import HeadMajor, KVCache, TokenMajor
 
 GROUP_REDUCTIONS = ("max", "mean", "sum")
 
 
-def check_cache(k: jax.Array, v: jax.Array, *, names: tuple[str, str] = ("k", "v")) -> None:
-    """k and v are [batch, kv_heads, slots, head_dim], both of one shape."""
-    k_name, v_name = names
-    if k.ndim != 4:
-        raise ValueError(f"{k_name} has shape {k.shape}; expected [batch, kv_heads, slots, head_dim]")
-    if k.shape != v.shape:
-        raise ValueError(f"{k_name} has shape {k.shape} and {v_name} has shape {v.shape}; expected equal shapes")
+def check_cache(cache: KVCache, layer: int | Int[Array, ""], *, name: str = "cache") -> None:
+    """The arrays of a cache fit each other and it has the layer."""
+    if isinstance(cache, HeadMajor):
+        if cache.k.ndim != 5:
+            raise ValueError(
+                f"{name}.k has shape {cache.k.shape}; expected [layers, batch, kv_heads, capacity, head_dim]"
+            )
+        if cache.k.shape != cache.v.shape:
+            raise ValueError(
+                f"{name}.k has shape {cache.k.shape} and {name}.v has shape {cache.v.shape}; expected equal shapes"
+            )
+    elif isinstance(cache, TokenMajor):
+        shape = cache.kv.shape
+        if len(shape) != 6 or shape[3] != 2 or shape[5] % cache.pack:
+            raise ValueError(
+                f"{name}.kv has shape {shape}; expected [layers, batch, capacity, 2, rows, lanes] with lanes a "
+                f"multiple of pack={cache.pack}"
+            )
+    else:
+        raise ValueError(f"{name} is a {type(cache).__name__}; expected HeadMajor or TokenMajor")
+    check_values("layer", layer, 0, cache.layers - 1)
 
 
-def check_heads(q: jax.Array, k: jax.Array, v: jax.Array, *, q_rank: int, names: tuple[str, str] = ("k", "v")) -> None:
-    """q is [batch, query_heads, (tokens,) head_dim] and fits the keys and values, which fit each other."""
-    check_cache(k, v, names=names)
-    k_name = names[0]
+def check_query(q: jax.Array, cache: KVCache, *, q_rank: int, name: str = "cache") -> None:
+    """q is [batch, query_heads, (tokens,) head_dim] and fits the cache."""
     if q.ndim != q_rank:
         raise ValueError(f"q has shape {q.shape}; expected {q_rank} dimensions")
+    if (q.shape[0], q.shape[-1]) != (cache.batch, cache.head_dim):
+        raise ValueError(
+            f"q has shape {q.shape} and {name} has batch {cache.batch} and head_dim {cache.head_dim}; "
+            "expected equal batch (first) and head_dim (last)"
+        )
+    _check_group(q.shape[1], cache.kv_heads, name)
+
+
+def check_sequences(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    """q is [batch, query_heads, tokens, head_dim] and fits k and v, which fit each other."""
+    for name, array in (("q", q), ("k", k)):
+        if array.ndim != 4:
+            raise ValueError(f"{name} has shape {array.shape}; expected 4 dimensions")
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {k.shape} and v has shape {v.shape}; expected equal shapes")
     if (q.shape[0], q.shape[-1]) != (k.shape[0], k.shape[-1]):
         raise ValueError(
-            f"q has shape {q.shape} and {k_name} has shape {k.shape}; expected equal batch (first) and head_dim (last)"
+            f"q has shape {q.shape} and k has shape {k.shape}; expected equal batch (first) and head_dim (last)"
         )
-    if q.shape[1] % k.shape[1]:
+    _check_group(q.shape[1], k.shape[1], "k")
+
+
+def _check_group(query_heads: int, kv_heads: int, name: str) -> None:
+    if query_heads % kv_heads:
         raise ValueError(
-            f"q has {q.shape[1]} query heads and {k_name} has {k.shape[1]} kv heads; "
-            "expected a multiple of the kv heads"
+            f"q has {query_heads} query heads and {name} has {kv_heads} kv heads; expected a multiple of the kv heads"
         )
 
 
@@ -55,14 +88,15 @@ def check_values(name: str, array: Any, lowest: int, highest: int) -> None:
         raise ValueError(f"{name} has values from {values.min()} to {values.max()}; expected {lowest} to {highest}")
 
 
-def check_positions(positions: jax.Array, k: jax.Array) -> None:
-    """`positions` is [batch, kv_heads, budget] for the cache k, with slots of it or -1."""
-    if positions.ndim != 3 or positions.shape[:2] != k.shape[:2]:
+def check_positions(positions: jax.Array, cache: KVCache, *, shared: bool = False) -> None:
+    """`positions` is [batch, kv_heads, budget] for the cache, with slots of it or -1; one head for all if `shared`."""
+    allowed = (cache.kv_heads, 1) if shared else (cache.kv_heads,)
+    if positions.ndim != 3 or positions.shape[0] != cache.batch or positions.shape[1] not in allowed:
         raise ValueError(
-            f"positions has shape {positions.shape} and k has shape {k.shape}; "
-            "expected [batch, kv_heads, budget] with the batch and kv_heads of k"
+            f"positions has shape {positions.shape} and cache has batch {cache.batch} and {cache.kv_heads} kv heads; "
+            f"expected [batch, kv_heads{' or 1' if shared else ''}, budget]"
         )
-    check_values("positions", positions, -1, k.shape[2] - 1)
+    check_values("positions", positions, -1, cache.capacity - 1)
 
 
 def check_group_reduction(group_reduction: str) -> None:

@@ -1,12 +1,50 @@
 """Choosing an implementation of an operation."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.cache import Layout
 
 # Names tried in this order when the caller names none; a name that an operation's table lacks is skipped.
-AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("pallas_tpu", "xla")}
+
+_INTERPRETED = contextvars.ContextVar("pallas_kernels interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted(params: pltpu.InterpretParams | None = None) -> Iterator[None]:
+    """Programs traced inside run TPU kernels in JAX's interpreter, on any machine: for tests, and very slow.
+
+    `params` choose what the interpreter checks (races, reads out of bounds) and when its DMAs run.
+    """
+    token = _INTERPRETED.set(True)
+    try:
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams() if params is None else params):
+            yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def platform() -> str:
+    """What the program under way is for: "cpu", "gpu" or "tpu"; that of the abstract mesh in use, if one is.
+
+    Compiling for a described TPU on another machine takes such a mesh (`jax.sharding.use_abstract_mesh`).
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.device_kind.startswith("TPU"):
+        return "tpu"
+    return jax.default_backend()
+
+
+def preferred_layout(implementation: str | None) -> Layout:
+    """The layout of the cache that `implementation` reads fastest: the TPU kernels take none but their own."""
+    on_kernels = implementation == "pallas_tpu" or (implementation is None and platform() == "tpu")
+    return "token_major" if on_kernels else "head_major"
 
 
 def run(
@@ -18,14 +56,14 @@ def run(
 ) -> Any:
     """Call one of `implementations` with the arguments, and return what it returns.
 
-    An implementation asked for by name runs or raises, it never falls back. With `None` the names listed for
-    the default JAX platform are tried in order, where `NotImplementedError` means "not for me". What ran can
-    be read in the compiled program: its instructions are in the scope `operation/name`.
+    An implementation asked for by name runs or raises, it never falls back. With `None` the names listed for the
+    `platform()` are tried in order, where `NotImplementedError` means "not for me". What ran can be read in the
+    compiled program: its instructions are in the scope `operation/name`.
 
     Raises:
         ValueError: `implementation` is not a name in the table.
-        NotImplementedError: the named implementation declines, or every automatic choice does (all reasons
-            are given).
+        NotImplementedError: the named implementation declines or cannot run here, or every automatic choice does (all
+            reasons are given).
     """
     if implementation is not None:
         if implementation not in implementations:
@@ -33,11 +71,16 @@ def run(
             raise ValueError(
                 f"{implementation=} is not an implementation of {operation}; expected None or one of: {valid}"
             )
+        if implementation == "pallas_tpu" and platform() != "tpu" and not _INTERPRETED.get():
+            raise NotImplementedError(
+                f"{implementation=} of {operation} needs a TPU and this program is for {platform()}; expected None, "
+                "or `pallas_kernels.interpreted()` around the program to run it in the interpreter"
+            )
         with jax.named_scope(f"{operation}/{implementation}"):
             return implementations[implementation](*args, **kwargs)
 
     reasons = []
-    for name in AUTOMATIC[jax.default_backend()]:
+    for name in AUTOMATIC[platform()]:
         if name not in implementations:
             continue
         try:

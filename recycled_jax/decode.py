@@ -12,12 +12,12 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import decode_attention, prefill_attention
+from pallas_kernels import KVCache, decode_attention, prefill_attention
 from recycled_jax import recycling, rope
 from recycled_jax.model import Llama, attention_inputs, attention_output, embed, logits, mlp
 from recycled_jax.policies import Policy
 from recycled_jax.recycling import LayerInput, LayerTrace, StepKind
-from recycled_jax.state import DecodeState, KVCache, append_token, empty_cache
+from recycled_jax.state import DecodeState, model_cache
 
 Params = Mapping
 
@@ -75,12 +75,8 @@ def read_prompts(
             w, layer = inputs
             bare_q, k, v = attention_inputs(w, config, x)
             q, k = rope.rotate(bare_q, *angles), rope.rotate(k, *angles)
-            at = (layer, 0, 0, start, 0)
-            cache = KVCache(
-                lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
-                lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
-            )
-            attended = prefill_attention(q, cache.k[layer], cache.v[layer], start, implementation=implementation)
+            cache = cache.write(layer, start, k, v)
+            attended = prefill_attention(q, cache, start, layer=layer, implementation=implementation)
             x = x + attention_output(w, attended)
             x = x + mlp(w, config, x)
             return (x, cache), (bare_q[rows, :, column], q[rows, :, column])
@@ -92,7 +88,7 @@ def read_prompts(
         q_end = jnp.where(ends_here[None, :, None, None], q, q_end)
         return cache, last, bare_q_end, q_end
 
-    cache = empty_cache(config, batch=batch, capacity=capacity, dtype=model.dtype)
+    cache = model_cache(config, batch=batch, capacity=capacity, dtype=model.dtype, implementation=implementation)
     last = jnp.zeros((batch, config.embed), model.dtype)
     no_query = jnp.zeros((config.layers, batch, config.query_heads, config.head_dim), model.dtype)
     with jax.named_scope("prefill"):
@@ -162,12 +158,10 @@ def decode_step(
         q, k = rope.rotate(bare_q, *angles), rope.rotate(k, *angles)
         here = LayerInput(*(heads[:, :, 0] for heads in (bare_q, q, k, v)))
         # Written outside any conditional: a branch that returned the cache would copy it.
-        cache = KVCache(append_token(cache.k, layer, slots, here.k), append_token(cache.v, layer, slots, here.v))
+        cache = cache.append(layer, slots, here.k, here.v)
         if policy.recycling is None:
             with jax.named_scope("attention/full"):
-                attended = decode_attention(
-                    here.q, cache.k[layer], cache.v[layer], lengths, implementation=implementation
-                )
+                attended = decode_attention(here.q, cache, lengths, layer=layer, implementation=implementation)
             trace = None
         else:
             attended, selection, memory, trace = recycling.attend(

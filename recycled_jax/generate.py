@@ -13,12 +13,13 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import KVCache
 from recycled_jax.decode import Params, Prefilled, PromptEnds, begin, decode_step, read_prompts
 from recycled_jax.model import Llama
 from recycled_jax.policies import FixedStride, Policy
 from recycled_jax.recycling import LayerTrace
 from recycled_jax.sampling import Sampling, sample
-from recycled_jax.state import DecodeState, KVCache
+from recycled_jax.state import DecodeState
 from recycled_jax.telemetry import Telemetry
 
 # `cond`: every step asks the schedule. `nested`: for a fixed stride, S - 1 recycled steps and a refresh as loops, with
@@ -325,4 +326,4 @@ def _telemetry(
         name: np.concatenate([np.asarray(getattr(block.trace, name))[: np.max(block.steps)] for block in parts])
         for name in LayerTrace._fields
     }
-    return Telemetry(model.config, policy, state.cache.k.dtype.itemsize, lengths, steps, **trace)
+    return Telemetry(model.config, policy, state.cache.dtype.itemsize, lengths, steps, **trace)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import gather_selection, selection_attention, token_scores
+from pallas_kernels import KVCache, gather_selection, selection_attention, token_scores
 from recycled_jax.policies import Recycling
 from recycled_jax.policies.policy import RowRule
-from recycled_jax.state import KVCache, RefreshMemory, Selection, append_token
+from recycled_jax.state import RefreshMemory, Selection
 
 # `scheduled`: the policy's schedule decides, by `lax.cond`. The other two leave no conditional in the program: for
 # loops that know the phase of a fixed stride themselves.
@@ -78,11 +78,10 @@ def attend(
             entries = jnp.where(active, entries, recycling.selector.k)
             aged = Selection(
                 _append_position(selection.positions, layer, entries, lengths - 1),
-                append_token(selection.k, layer, entries, token.k),
-                append_token(selection.v, layer, entries, token.v),
+                selection.compact.append(layer, entries, token.k, token.v),
             )
             attended = selection_attention(
-                token.q, aged.k[layer], aged.v[layer], aged.positions[layer] >= 0, implementation=implementation
+                token.q, aged.compact, aged.positions[layer] >= 0, layer=layer, implementation=implementation
             )
             return attended, aged, jnp.full(lengths.shape, jnp.nan)
 
@@ -93,28 +92,18 @@ def attend(
         else:
             other_attended, other, _ = reuse(selection)
         with jax.named_scope("attention/refresh"):
-            k, v = cache.k[layer], cache.v[layer]
+            here = {"layer": layer, "implementation": implementation}
             attended = None
             if recycling.refresh == "full":
-                scores, attended = recycling.scorer.score_and_attend(
-                    token.q, k, v, lengths, implementation=implementation
-                )
+                scores, attended = recycling.scorer.score_and_attend(token.q, cache, lengths, **here)
             else:
-                scores = recycling.scorer.score(token.q, k, lengths, implementation=implementation)
+                scores = recycling.scorer.score(token.q, cache, lengths, **here)
             positions = recycling.selector.select(scores, lengths, implementation=implementation)
-            selected_k, selected_v = gather_selection(k, v, positions, implementation=implementation)
+            compact = gather_selection(cache, positions, other.compact, rows=refreshing, **here)
             if attended is None:
-                attended = selection_attention(
-                    token.q, selected_k, selected_v, positions >= 0, implementation=implementation
-                )
-            fresh = (positions, selected_k, selected_v)
-            stacks = (other.positions, other.k, other.v)
-            new = Selection(
-                *(
-                    stack.at[layer].set(_where_rows(refreshing, part, stack[layer]))
-                    for part, stack in zip(fresh, stacks, strict=True)
-                )
-            )
+                attended = selection_attention(token.q, compact, positions >= 0, **here)
+            kept = _where_rows(refreshing, positions, other.positions[layer])
+            new = Selection(other.positions.at[layer].set(kept), compact)
             overlap = selection_overlap(selection.positions[layer], positions, lengths - 1 - since)
             return (
                 _where_rows(refreshing, attended, other_attended),
@@ -133,7 +122,7 @@ def attend(
     )
     covered = jnp.full(lengths.shape, jnp.nan)
     if coverage:
-        covered = _coverage(token.q, cache.k[layer], lengths, selection.positions[layer], implementation)
+        covered = _coverage(token.q, cache, layer, lengths, selection.positions[layer], implementation)
     return attended, selection, memory, LayerTrace(requested, refreshing, similarity, overlap, covered)
 
 
@@ -148,14 +137,18 @@ def first_selection(
 ) -> tuple[Selection, RefreshMemory]:
     """The selections and memory after prefill, made in every layer by the queries of the last prompt token."""
 
-    def select_in_layer(layer: Int[Array, ""]):
-        k, v = cache.k[layer], cache.v[layer]
-        scores = recycling.scorer.score(q[layer], k, lengths, implementation=implementation)
-        positions = recycling.selector.select(scores, lengths, implementation=implementation)
-        return positions, *gather_selection(k, v, positions, implementation=implementation)
+    budget = recycling.selector.k
+    layers, batch, kv_heads = cache.layers, cache.batch, cache.kv_heads
+    selection = Selection(jnp.full((layers, batch, kv_heads, budget), -1, jnp.int32), cache.empty_like(capacity=budget))
 
-    layers, batch = q.shape[:2]
-    selection = Selection(*lax.map(select_in_layer, jnp.arange(layers)))
+    def select_in_layer(layer: Int[Array, ""], selection: Selection) -> Selection:
+        here = {"layer": layer, "implementation": implementation}
+        scores = recycling.scorer.score(q[layer], cache, lengths, **here)
+        positions = recycling.selector.select(scores, lengths, implementation=implementation)
+        compact = gather_selection(cache, positions, selection.compact, **here)
+        return Selection(selection.positions.at[layer].set(positions), compact)
+
+    selection = lax.fori_loop(0, layers, select_in_layer, selection)
     return selection, RefreshMemory(_mean_query(recycling, bare_q, q), jnp.zeros((layers, batch), jnp.int32))
 
 
@@ -191,8 +184,8 @@ def selection_overlap(
     return jnp.mean(shared / (old_count + new_count - shared), axis=-1)
 
 
-def _coverage(q, k, lengths, positions, implementation) -> Float[Array, " batch"]:
-    mass = token_scores(q, k, lengths, group_reduction="mean", implementation=implementation)
+def _coverage(q, cache, layer, lengths, positions, implementation) -> Float[Array, " batch"]:
+    mass = token_scores(q, cache, lengths, layer=layer, group_reduction="mean", implementation=implementation)
     held = jnp.take_along_axis(mass, jnp.maximum(positions, 0), axis=-1)
     return jnp.mean(jnp.sum(jnp.where(positions >= 0, held, 0.0), axis=-1), axis=-1)
 

@@ -1,25 +1,11 @@
 """What a decode step receives and returns: the full KV cache, the selection recycled from it, and when it was made."""
 
-import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import KVCache, empty_cache, preferred_layout
 from recycled_jax.config import LlamaConfig
-
-
-@struct.dataclass
-class KVCache:
-    """Keys (rotated to their positions) and values of every token so far. Slots from a row's length on are unwritten
-    or stale and never read."""
-
-    k: Float[Array, "layers batch kv_heads capacity head_dim"]
-    v: Float[Array, "layers batch kv_heads capacity head_dim"]
-
-    @property
-    def capacity(self) -> int:
-        """Slots per row."""
-        return self.k.shape[3]
 
 
 @struct.dataclass
@@ -31,8 +17,7 @@ class Selection:
     """
 
     positions: Int[Array, "layers batch kv_heads budget"]
-    k: Float[Array, "layers batch kv_heads budget head_dim"]
-    v: Float[Array, "layers batch kv_heads budget head_dim"]
+    compact: KVCache  # its slots are the entries
 
 
 @struct.dataclass
@@ -47,8 +32,10 @@ class RefreshMemory:
 class DecodeState:
     """Everything that decoding carries from step to step; pass it donated, and never read the old one again.
 
-    `lengths` counts the slots in use. `step` counts the decode steps since prefill, the steps in which at least one
-    row was active. `selection` and `memory` are None for a policy that always reads everything.
+    `cache` holds keys (rotated to their positions) and values of every token so far; slots from a row's length on are
+    unwritten or stale and never read. `lengths` counts the slots in use. `step` counts the decode steps since prefill,
+    the steps in which at least one row was active. `selection` and `memory` are None for a policy that always reads
+    everything.
     """
 
     cache: KVCache
@@ -58,18 +45,16 @@ class DecodeState:
     memory: RefreshMemory | None
 
 
-def empty_cache(config: LlamaConfig, *, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
-    """A cache of zeros with room for `capacity` tokens in each row."""
-    shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def append_token(
-    stack: Float[Array, "layers batch kv_heads slots head_dim"],
-    layer: Int[Array, ""],
-    slots: Int[Array, " batch"],
-    token: Float[Array, "batch kv_heads head_dim"],
-) -> Float[Array, "layers batch kv_heads slots head_dim"]:
-    """`stack` with each row's `token` written to its slot of one layer; a slot past the end writes nothing."""
-    rows = jnp.arange(token.shape[0])
-    return stack.at[layer, rows, :, slots].set(token.astype(stack.dtype), mode="drop")
+def model_cache(
+    config: LlamaConfig, *, batch: int, capacity: int, dtype: DTypeLike, implementation: str | None
+) -> KVCache:
+    """A cache of zeros with room for `capacity` tokens in each row, in the layout that `implementation` reads."""
+    return empty_cache(
+        preferred_layout(implementation),
+        layers=config.layers,
+        batch=batch,
+        kv_heads=config.kv_heads,
+        capacity=capacity,
+        head_dim=config.head_dim,
+        dtype=dtype,
+    )

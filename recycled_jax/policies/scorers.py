@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import decode_attention, token_scores
+from pallas_kernels import KVCache, decode_attention, token_scores
 
 GroupReduction = Literal["max", "mean", "sum"]
 
@@ -19,25 +19,26 @@ class Scorer(ABC):
     def score(
         self,
         q: Float[Array, "batch query_heads head_dim"],
-        k: Float[Array, "batch kv_heads tokens head_dim"],
+        cache: KVCache,
         lengths: Int[Array, " batch"],
         *,
+        layer: Int[Array, ""],
         implementation: str | None,
-    ) -> Float[Array, "batch kv_heads tokens"]:
+    ) -> Float[Array, "batch kv_heads capacity"]:
         """Float32, higher is more relevant."""
 
     def score_and_attend(
         self,
         q: Float[Array, "batch query_heads head_dim"],
-        k: Float[Array, "batch kv_heads tokens head_dim"],
-        v: Float[Array, "batch kv_heads tokens head_dim"],
+        cache: KVCache,
         lengths: Int[Array, " batch"],
         *,
+        layer: Int[Array, ""],
         implementation: str | None,
-    ) -> tuple[Float[Array, "batch kv_heads tokens"], Float[Array, "batch query_heads head_dim"]]:
+    ) -> tuple[Float[Array, "batch kv_heads capacity"], Float[Array, "batch query_heads head_dim"]]:
         """The scores, and attention over the whole cache; one pass over it where the scorer can share it."""
-        scores = self.score(q, k, lengths, implementation=implementation)
-        return scores, decode_attention(q, k, v, lengths, implementation=implementation)
+        scores = self.score(q, cache, lengths, layer=layer, implementation=implementation)
+        return scores, decode_attention(q, cache, lengths, layer=layer, implementation=implementation)
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,17 @@ class AttentionScorer(Scorer):
             valid = ", ".join(get_args(GroupReduction))
             raise ValueError(f"group_reduction={self.group_reduction!r} must be one of {valid}")
 
-    def score(self, q, k, lengths, *, implementation):
-        return token_scores(q, k, lengths, group_reduction=self.group_reduction, implementation=implementation)
+    def score(self, q, cache, lengths, *, layer, implementation):
+        return token_scores(
+            q, cache, lengths, layer=layer, group_reduction=self.group_reduction, implementation=implementation
+        )
 
-    def score_and_attend(self, q, k, v, lengths, *, implementation):
+    def score_and_attend(self, q, cache, lengths, *, layer, implementation):
         attended, scores = decode_attention(
             q,
-            k,
-            v,
+            cache,
             lengths,
+            layer=layer,
             return_scores=True,
             group_reduction=self.group_reduction,
             implementation=implementation,
@@ -74,6 +77,7 @@ class AttentionScorer(Scorer):
 class RecencyScorer(Scorer):
     """The later, the more relevant; reads nothing (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453)."""
 
-    def score(self, q, k, lengths, *, implementation):
+    def score(self, q, cache, lengths, *, layer, implementation):
         # positions are exact in float32 up to 2^24 tokens
-        return jnp.broadcast_to(jnp.arange(k.shape[2], dtype=jnp.float32)[None, None, :], k.shape[:3])
+        recency = jnp.arange(cache.capacity, dtype=jnp.float32)
+        return jnp.broadcast_to(recency[None, None, :], (cache.batch, cache.kv_heads, cache.capacity))

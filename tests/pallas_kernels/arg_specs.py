@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
+
+from pallas_kernels import KVCache, from_heads, interpreted
+from pallas_kernels.cache import Layout
 
 GetKey = Callable[[], jax.Array]
 
@@ -49,6 +53,20 @@ ARG_SPECS = (
 )
 
 
+# Every implementation with every layout of the cache that it takes.
+IMPLEMENTATIONS_AND_LAYOUTS: tuple[tuple[str, Layout], ...] = (
+    ("reference", "head_major"),
+    ("xla", "head_major"),
+    ("xla", "token_major"),
+    ("pallas_tpu", "token_major"),
+)
+
+# Kernels run in the interpreter: with races, memory never written and reads out of bounds as errors.
+INTERPRETER = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+
+LAYERS, LAYER = 3, 1  # the caches of the grid: the layer in use, between two that must not be read
+
+
 class CacheArguments(NamedTuple):
     """One query step over a cache: clean, and with padding that must not matter."""
 
@@ -58,6 +76,23 @@ class CacheArguments(NamedTuple):
     k_poisoned: jax.Array  # NaN in padding
     v_poisoned: jax.Array  # huge in padding
     lengths: jax.Array  # [batch]
+
+    def cache(self, layout: Layout = "head_major") -> KVCache:
+        return stacked(layout, self.k, self.v)
+
+    def poisoned(self, layout: Layout) -> KVCache:
+        return stacked(layout, self.k_poisoned, self.v_poisoned)
+
+
+def stacked(layout: Layout, k: jax.Array, v: jax.Array) -> KVCache:
+    """A cache whose layer `LAYER` holds k and v; the other layers hold NaN."""
+    one = from_heads(layout, k, v)
+
+    def stack(layer: jax.Array) -> jax.Array:
+        nothing = jnp.full_like(layer, jnp.nan)
+        return jnp.concatenate([nothing] * LAYER + [layer] + [nothing] * (LAYERS - LAYER - 1))
+
+    return jax.tree.map(stack, one)
 
 
 def cache_arguments(spec: ArgSpec, getkey: GetKey) -> CacheArguments:
@@ -100,7 +135,15 @@ def masked(keep: np.ndarray, array: jax.Array, otherwise: float) -> jax.Array:
 @functools.cache
 def jitted(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`operation` with `options` bound, jitted: one object per choice, so that tests share its programs."""
-    return jax.jit(functools.partial(operation, **options))
+    program = jax.jit(functools.partial(operation, **options))
+    if options.get("implementation") != "pallas_tpu":
+        return program
+
+    def run_interpreted(*args: Any, **kwargs: Any) -> Any:
+        with interpreted(INTERPRETER):
+            return jax.block_until_ready(program(*args, **kwargs))
+
+    return run_interpreted
 
 
 def assert_close(actual: jax.Array, expected: jax.Array, tolerance: float) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import (
+    HeadMajor,
     causal_attention,
     decode_attention,
     gather_attention,
@@ -22,8 +23,9 @@ LENGTHS = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
 CACHE_ELEMENTS = BATCH * KV_HEADS * TOKENS * HEAD_DIM
 
 
-def cache(dtype):
-    return jax.ShapeDtypeStruct((BATCH, KV_HEADS, TOKENS, HEAD_DIM), dtype)
+def cache(dtype, batch=BATCH, tokens=TOKENS, head_dim=HEAD_DIM, layers=1):
+    layer = jax.ShapeDtypeStruct((layers, batch, KV_HEADS, tokens, head_dim), dtype)
+    return HeadMajor(layer, layer)
 
 
 def compile_xla(operation, *args, **options):
@@ -42,7 +44,7 @@ def written(compiled) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("return_scores", [False, True])
 def test_decode_attention_reads_the_cache_once_as_stored(dtype, return_scores):
-    compiled = compile_xla(decode_attention, QUERY, cache(dtype), cache(dtype), LENGTHS, return_scores=return_scores)
+    compiled = compile_xla(decode_attention, QUERY, cache(dtype), LENGTHS, return_scores=return_scores)
     assert [name for name, elements in written(compiled) if elements >= CACHE_ELEMENTS] == []
     # One product with k and one with v: the scores reuse the logits.
     assert [name for name, _ in written(compiled)].count("dot") == 2
@@ -58,7 +60,7 @@ def test_token_scores_copies_nothing(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gather_attention_does_not_grow_with_the_cache(dtype):
     positions = jax.ShapeDtypeStruct((BATCH, KV_HEADS, 128), jnp.int32)
-    compiled = compile_xla(gather_attention, QUERY, cache(dtype), cache(dtype), positions)
+    compiled = compile_xla(gather_attention, QUERY, cache(dtype), positions)
     assert max(elements for _, elements in written(compiled)) < CACHE_ELEMENTS // 4
 
 
@@ -94,8 +96,7 @@ def test_prefill_attention_memory_does_not_grow_with_the_cache():
     start = jax.ShapeDtypeStruct((), jnp.int32)
     temporary = {}
     for tokens in (2048, 8192):
-        keys = jax.ShapeDtypeStruct((1, 2, tokens, 32), jnp.float32)
-        compiled = compile_xla(prefill_attention, chunk, keys, keys, start)
+        compiled = compile_xla(prefill_attention, chunk, cache("float32", 1, tokens, 32), start)
         assert max(elements for _, elements in written(compiled)) < 4 * 256 * tokens
         temporary[tokens] = compiled.memory_analysis().temp_size_in_bytes
     assert temporary[8192] <= 1.01 * temporary[2048]

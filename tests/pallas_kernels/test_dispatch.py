@@ -14,15 +14,15 @@ def declines(x):
 
 def test_automatic_choice_can_be_read_from_the_program(getkey):
     args = cache_arguments(ARG_SPECS[0], getkey)
-    compiled = jax.jit(decode_attention).lower(args.q, args.k, args.v, args.lengths).compile()
+    compiled = jax.jit(decode_attention).lower(args.q, args.cache(), args.lengths).compile()
     # With the last slash it is a scope; without, the path of the source file would do.
     assert "/decode_attention/xla/" in compiled.as_text()
 
 
 def test_unknown_name_lists_the_valid_ones(getkey):
     args = cache_arguments(ARG_SPECS[0], getkey)
-    with pytest.raises(ValueError, match=r"implementation='fast' .* decode_attention; .* one of: reference, xla"):
-        decode_attention(args.q, args.k, args.v, args.lengths, implementation="fast")
+    with pytest.raises(ValueError, match=r"implementation='fast' .* decode_attention; .* one of: .*reference, xla"):
+        decode_attention(args.q, args.cache(), args.lengths, implementation="fast")
 
 
 def test_named_implementation_never_falls_back():

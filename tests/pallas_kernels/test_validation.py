@@ -1,63 +1,51 @@
 """Arguments that do not fit end in one sentence with the argument, its value and what was expected."""
 
 import inspect
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
+import pallas_kernels.ops
+from pallas_kernels import HeadMajor, TokenMajor, from_heads
 
 Q, K, LENGTHS = jnp.zeros((2, 4, 8)), jnp.zeros((2, 2, 10, 8)), jnp.array([10, 3])
+CACHE, TOKEN_MAJOR = (from_heads(layout, K, K) for layout in ("head_major", "token_major"))
 CHUNK, SEQUENCE = jnp.zeros((2, 4, 6, 8)), jnp.zeros((2, 4, 10, 8))
 SCORES = jnp.zeros((2, 2, 10))
 POSITIONS, VALID = jnp.zeros((2, 2, 5), jnp.int32), jnp.ones((2, 2, 10), bool)
+COMPACT = CACHE.empty_like(capacity=5)
 
 MISTAKES = (
-    # every attention: heads, shapes
-    ("decode_attention", (Q[:, :3], K, K, LENGTHS), {}, "q has 3 query heads and k has 2 kv heads"),
+    # every attention: heads, shapes, layers
+    ("decode_attention", (Q[:, :3], CACHE, LENGTHS), {}, "q has 3 query heads and cache has 2 kv heads"),
     (
         "decode_attention",
-        (Q, K, K[:, :, :9], LENGTHS),
+        (Q, HeadMajor(K[None], K[None, :, :, :9]), LENGTHS),
         {},
-        r"k has shape \(2, 2, 10, 8\) and v has shape \(2, 2, 9, 8\)",
+        r"cache.k has shape \(1, 2, 2, 10, 8\) and cache.v has shape \(1, 2, 2, 9, 8\)",
     ),
+    ("decode_attention", (Q, HeadMajor(K, K), LENGTHS), {}, r"cache.k has shape \(2, 2, 10, 8\); expected \[layers"),
+    ("decode_attention", (Q, TokenMajor(K, 1), LENGTHS), {}, r"cache.kv has shape \(2, 2, 10, 8\); expected \[layers"),
+    ("decode_attention", (Q, K, LENGTHS), {}, "cache is a ArrayImpl; expected HeadMajor or TokenMajor"),
+    ("decode_attention", (Q, CACHE, LENGTHS), {"layer": 1}, "layer has values from 1 to 1; expected 0 to 0"),
+    ("decode_attention", (Q[:1], CACHE, LENGTHS), {}, r"q has shape \(1, 4, 8\) and cache has batch 2 .* equal batch"),
+    ("decode_attention", (Q[..., :4], CACHE, LENGTHS), {}, r"q has shape \(2, 4, 4\) .* head_dim \(last\)"),
+    ("decode_attention", (CHUNK, CACHE, LENGTHS), {}, r"q has shape \(2, 4, 6, 8\); expected 3 dimensions"),
     (
         "decode_attention",
-        (Q[:1], K, K, LENGTHS),
+        (Q, CACHE, LENGTHS[:1]),
         {},
-        r"q has shape \(1, 4, 8\) and k has shape .* equal batch",
+        r"lengths has shape \(1,\); .* from the batch of q",
     ),
-    ("decode_attention", (Q[..., :4], K, K, LENGTHS), {}, r"q has shape \(2, 4, 4\) .* head_dim \(last\)"),
-    ("decode_attention", (CHUNK, K, K, LENGTHS), {}, r"q has shape \(2, 4, 6, 8\); expected 3 dimensions"),
-    (
-        "decode_attention",
-        (Q, K[0], K[0], LENGTHS),
-        {},
-        r"k has shape \(2, 10, 8\); expected \[batch, kv_heads",
-    ),
-    (
-        "decode_attention",
-        (Q, K, K, LENGTHS[:1]),
-        {},
-        r"lengths has shape \(1,\); expected \(2,\), from the batch of q",
-    ),
-    ("decode_attention", (Q, K, K, LENGTHS + 1), {}, "lengths has values from 4 to 11; expected 0 to 10"),
-    (
-        "decode_attention",
-        (Q, K, K, LENGTHS),
-        {"group_reduction": "min"},
-        "group_reduction='min' .* max, mean, sum",
-    ),
+    ("decode_attention", (Q, CACHE, LENGTHS + 1), {}, "lengths has values from 4 to 11; expected 0 to 10"),
+    ("decode_attention", (Q, CACHE, LENGTHS), {"group_reduction": "min"}, "group_reduction='min' .* max, mean, sum"),
     # scores
-    ("token_scores", (Q[:, :3], K, LENGTHS), {}, "q has 3 query heads and k has 2 kv heads"),
-    ("token_scores", (Q, K, -LENGTHS), {}, "lengths has values from -10 to -3; expected 0 to 10"),
-    (
-        "token_scores",
-        (Q, K, LENGTHS),
-        {"group_reduction": "first"},
-        "group_reduction='first' .* max, mean, sum",
-    ),
+    ("token_scores", (Q[:, :3], CACHE, LENGTHS), {}, "q has 3 query heads and cache has 2 kv heads"),
+    ("token_scores", (Q, CACHE, -LENGTHS), {}, "lengths has values from -10 to -3; expected 0 to 10"),
+    ("token_scores", (Q, CACHE, LENGTHS), {"group_reduction": "first"}, "group_reduction='first' .* max, mean, sum"),
     # selection
     ("select_tokens", (SCORES[0], LENGTHS), {"k": 2}, r"scores has shape \(2, 10\); expected \[batch"),
     ("select_tokens", (SCORES, LENGTHS[:1]), {"k": 2}, r"lengths has shape \(1,\); expected \(2,\)"),
@@ -67,38 +55,25 @@ MISTAKES = (
     ("select_tokens", (SCORES, LENGTHS), {"k": 4, "sinks": -1}, "sinks=-1 is negative"),
     ("select_tokens", (SCORES, LENGTHS), {"k": 4, "pool": 4}, "pool=4 is not an odd number"),
     ("select_tokens", (SCORES, LENGTHS), {"k": 4, "pool": -1}, "pool=-1 is not an odd number"),
+    ("gather_selection", (CACHE, POSITIONS[:1], COMPACT), {}, r"positions has shape \(1, 2, 5\) and cache has batch 2"),
+    ("gather_selection", (CACHE, POSITIONS - 2, COMPACT), {}, "positions has values from -2 to -2; expected -1 to 9"),
+    ("gather_selection", (CACHE, POSITIONS, CACHE), {}, r"into has .* \(HeadMajor, 1, 2, 2, 10, 8, .* 1, 2, 2, 5, 8,"),
+    ("gather_selection", (TOKEN_MAJOR, POSITIONS, COMPACT), {}, r"into has .* \(HeadMajor, .* expected \(TokenMajor,"),
     (
         "gather_selection",
-        (K, K[:1], POSITIONS),
-        {},
-        r"k has shape \(2, 2, 10, 8\) and v has shape \(1, 2, 10, 8\)",
+        (CACHE, POSITIONS, COMPACT),
+        {"rows": jnp.ones(3, bool)},
+        r"rows has shape \(3,\); expected \(2,\), from the batch of cache",
     ),
-    ("gather_selection", (K, K, POSITIONS[:1]), {}, r"positions has shape \(1, 2, 5\) and k has shape"),
-    ("gather_selection", (K, K, POSITIONS - 2), {}, "positions has values from -2 to -2; expected -1 to 9"),
     # attention over a selection
-    ("selection_attention", (Q, K, K, VALID[..., :9]), {}, r"valid has shape \(2, 2, 9\); .* from k_sel"),
-    (
-        "selection_attention",
-        (Q, K, K[:1], VALID),
-        {},
-        r"k_sel has shape .* and v_sel has shape \(1, 2, 10, 8\)",
-    ),
-    ("gather_attention", (Q, K, K, POSITIONS[0]), {}, r"positions has shape \(2, 5\) and k has shape"),
-    (
-        "gather_attention",
-        (Q, K, K, POSITIONS + 10),
-        {},
-        "positions has values from 10 to 10; expected -1 to 9",
-    ),
+    ("selection_attention", (Q, CACHE, VALID[..., :9]), {}, r"valid has shape \(2, 2, 9\); .* from selection"),
+    ("selection_attention", (Q[:, :3], CACHE, VALID), {}, "q has 3 query heads and selection has 2 kv heads"),
+    ("gather_attention", (Q, CACHE, POSITIONS[0]), {}, r"positions has shape \(2, 5\) and cache has batch 2"),
+    ("gather_attention", (Q, CACHE, POSITIONS + 10), {}, "positions has values from 10 to 10; expected -1 to 9"),
     # whole sequences
-    ("prefill_attention", (SEQUENCE, K[:, :, :9], K[:, :, :9], 0), {}, "q has 10 tokens and k has 9 slots"),
-    ("prefill_attention", (CHUNK, K, K, 5), {}, "start has values from 5 to 5; expected 0 to 4"),
-    (
-        "prefill_attention",
-        (CHUNK, K, K, jnp.int32(-1)),
-        {},
-        "start has values from -1 to -1; expected 0 to 4",
-    ),
+    ("prefill_attention", (SEQUENCE, COMPACT, 0), {}, "q has 10 tokens and cache has 5 slots"),
+    ("prefill_attention", (CHUNK, CACHE, 5), {}, "start has values from 5 to 5; expected 0 to 4"),
+    ("prefill_attention", (CHUNK, CACHE, jnp.int32(-1)), {}, "start has values from -1 to -1; expected 0 to 4"),
     ("causal_attention", (CHUNK, K, K), {}, "q has 6 tokens and k has 10; expected as many queries as keys"),
     ("causal_attention", (Q, K, K), {}, r"q has shape \(2, 4, 8\); expected 4 dimensions"),
 )
@@ -114,25 +89,41 @@ def test_mistake_is_named(operation, args, options, message):
         function(*args, **options)
 
 
-@pytest.mark.parametrize("operation", pallas_kernels.__all__)
-def test_every_operation_rejects_an_unknown_implementation(operation):
+OPERATIONS = {path.parent.name for path in pathlib.Path(pallas_kernels.ops.__path__[0]).glob("*/api.py")}
+
+
+@pytest.mark.parametrize("operation", sorted(OPERATIONS))
+@pytest.mark.parametrize(
+    ("implementation", "error", "message"),
+    [
+        ("fast", ValueError, "implementation='fast' is not an implementation of {}"),
+        (
+            "pallas_tpu",
+            NotImplementedError,
+            "implementation='pallas_tpu' of {} needs a TPU and this program is for cpu",
+        ),
+    ],
+)
+def test_every_operation_rejects_an_implementation_that_cannot_run(operation, implementation, error, message):
     args = {
         "causal_attention": (SEQUENCE, K, K),
-        "decode_attention": (Q, K, K, LENGTHS),
-        "gather_attention": (Q, K, K, POSITIONS),
-        "gather_selection": (K, K, POSITIONS),
-        "prefill_attention": (CHUNK, K, K, 0),
+        "chunk_scores": (Q, K, LENGTHS),
+        "decode_attention": (Q, CACHE, LENGTHS),
+        "gather_attention": (Q, CACHE, POSITIONS),
+        "gather_selection": (CACHE, POSITIONS, COMPACT),
+        "page_scores": (Q, CACHE, LENGTHS),
+        "prefill_attention": (CHUNK, CACHE, 0),
         "select_tokens": (SCORES, LENGTHS),
-        "selection_attention": (Q, K, K, VALID),
-        "token_scores": (Q, K, LENGTHS),
+        "selection_attention": (Q, CACHE, VALID),
+        "token_scores": (Q, CACHE, LENGTHS),
     }[operation]
-    options = {"k": 3} if operation == "select_tokens" else {}
-    with pytest.raises(ValueError, match=f"implementation='fast' is not an implementation of {operation}"):
-        getattr(pallas_kernels, operation)(*args, implementation="fast", **options)
+    options = {"select_tokens": {"k": 3}, "page_scores": {"page_size": 16}}.get(operation, {})
+    with pytest.raises(error, match=message.format(operation)):
+        getattr(pallas_kernels, operation)(*args, implementation=implementation, **options)
 
 
 def test_known_values_are_checked_inside_a_trace_too():
     """Lengths that a jitted function closes over are known while it is traced."""
     lengths = jnp.array([11, 11])
     with pytest.raises(ValueError, match="lengths has values from 11 to 11"):
-        jax.jit(lambda q: pallas_kernels.decode_attention(q, K, K, lengths))(Q)
+        jax.jit(lambda q: pallas_kernels.decode_attention(q, CACHE, lengths))(Q)

@@ -1,5 +1,6 @@
 """causal_attention and prefill_attention: many queries at once."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,11 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import causal_attention, prefill_attention
+from pallas_kernels import causal_attention, from_heads, interpreted, prefill_attention
 from pallas_kernels.ops.causal_attention.api import IMPLEMENTATIONS as CAUSAL
-from pallas_kernels.ops.prefill_attention.api import IMPLEMENTATIONS as PREFILL
 from pallas_kernels.ops.prefill_attention.xla import BLOCK_KV
-from tests.pallas_kernels.arg_specs import TOLERANCE, assert_close, jitted, masked, normal
+from tests.pallas_kernels.arg_specs import (
+    IMPLEMENTATIONS_AND_LAYOUTS,
+    LAYER,
+    TOLERANCE,
+    assert_close,
+    jitted,
+    masked,
+    normal,
+    stacked,
+)
 
 # (kv_heads, group, head_dim, dtype, tokens): one chunk, several with a ragged last one, a single token.
 SEQUENCES = (
@@ -71,8 +80,8 @@ CACHE_TOKENS = 2 * BLOCK_KV + 76
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("implementation", sorted(PREFILL))
-def test_prefill_attention_matches_oracle_for_every_start(implementation, dtype, getkey):
+@pytest.mark.parametrize(("implementation", "layout"), IMPLEMENTATIONS_AND_LAYOUTS)
+def test_prefill_attention_matches_oracle_for_every_start(implementation, layout, dtype, getkey):
     chunk, head_dim = 50, 16
     q = 2 * normal(getkey(), (2, 4, chunk, head_dim), dtype)
     k, v = (normal(getkey(), (2, 2, CACHE_TOKENS, head_dim), dtype) for _ in range(2))
@@ -82,17 +91,20 @@ def test_prefill_attention_matches_oracle_for_every_start(implementation, dtype,
     for start in (0, BLOCK_KV - chunk, BLOCK_KV - 20, 2 * BLOCK_KV + 5, CACHE_TOKENS - chunk):
         written = (np.arange(CACHE_TOKENS) < start + chunk)[:, None]
         k_poisoned, v_poisoned = masked(written, k, np.nan), masked(written, v, 1e30)
-        actual = attend(q, k_poisoned, v_poisoned, jnp.int32(start))
-        assert_close(actual, oracle(q, k, v, jnp.int32(start)), TOLERANCE[dtype])
+        actual = attend(q, stacked(layout, k_poisoned, v_poisoned), jnp.int32(start), layer=LAYER)
+        expected = oracle(q, stacked("head_major", k, v), jnp.int32(start), layer=LAYER)
+        assert_close(actual, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("implementation", sorted(PREFILL))
-def test_prefill_attention_in_pieces_equals_causal_attention(implementation, getkey):
+@pytest.mark.parametrize(("implementation", "layout"), IMPLEMENTATIONS_AND_LAYOUTS)
+def test_prefill_attention_in_pieces_equals_causal_attention(implementation, layout, getkey):
     q, k, v = random_sequence(2, 2, 16, "float32", 90, getkey)
     whole = jitted(causal_attention, implementation="reference")(q, k, v)
     # The start is a Python number here, and traced in the test above.
+    cache = from_heads(layout, k, v)
     attend = functools.partial(prefill_attention, implementation=implementation)
-    pieces = [attend(q[:, :, start : start + 30], k, v, start) for start in (0, 30, 60)]
+    with interpreted() if implementation == "pallas_tpu" else contextlib.nullcontext():
+        pieces = [attend(q[:, :, start : start + 30], cache, start) for start in (0, 30, 60)]
     assert_close(jnp.concatenate(pieces, axis=2), whole, TOLERANCE["float32"])
 
 
@@ -103,5 +115,5 @@ def test_prefill_attention_reads_no_block_beyond_its_chunk(getkey):
     attend = jitted(prefill_attention, implementation="xla")
     needed = (np.arange(CACHE_TOKENS) < BLOCK_KV)[:, None]
     for start, is_read in ((BLOCK_KV - 50, False), (BLOCK_KV - 49, True)):
-        out = attend(q, k, masked(needed, v, np.nan), jnp.int32(start))
+        out = attend(q, from_heads("head_major", k, masked(needed, v, np.nan)), jnp.int32(start))
         assert bool(jnp.isnan(out).any()) == is_read

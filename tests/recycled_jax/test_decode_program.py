@@ -103,7 +103,7 @@ def test_generation_donates_its_state():
         coverage=False,
         implementation=None,
     )
-    assert state.decode.cache.k.is_deleted() and state.decode.selection.k.is_deleted()
+    assert state.decode.cache.k.is_deleted() and state.decode.selection.compact.k.is_deleted()
 
 
 def test_prefill_holds_no_square_of_the_prompt():

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.checks import check_heads
+from pallas_kernels.checks import check_sequences
 from pallas_kernels.ops.causal_attention import reference, xla
 
 IMPLEMENTATIONS = {
@@ -37,7 +37,7 @@ def causal_attention(
     Raises:
         ValueError: shapes do not fit, unknown `implementation`.
     """
-    check_heads(q, k, v, q_rank=4)
+    check_sequences(q, k, v)
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"q has {q.shape[2]} tokens and k has {k.shape[2]}; expected as many queries as keys")
     scale = q.shape[-1] ** -0.5 if scale is None else scale

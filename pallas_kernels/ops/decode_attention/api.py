@@ -5,7 +5,8 @@ from typing import Literal, overload
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.checks import check_group_reduction, check_heads, check_shape, check_values
+from pallas_kernels.cache import KVCache
+from pallas_kernels.checks import check_cache, check_group_reduction, check_query, check_shape, check_values
 from pallas_kernels.ops.decode_attention import reference, xla
 
 IMPLEMENTATIONS = {
@@ -17,10 +18,10 @@ IMPLEMENTATIONS = {
 @overload
 def decode_attention(
     q: Float[Array, "batch query_heads head_dim"],
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
+    cache: KVCache,
     lengths: Int[Array, " batch"],
     *,
+    layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
     return_scores: Literal[False] = False,
     group_reduction: str = "max",
@@ -31,38 +32,39 @@ def decode_attention(
 @overload
 def decode_attention(
     q: Float[Array, "batch query_heads head_dim"],
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
+    cache: KVCache,
     lengths: Int[Array, " batch"],
     *,
+    layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
     return_scores: Literal[True],
     group_reduction: str = "max",
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads tokens"]]: ...
+) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads capacity"]]: ...
 
 
 def decode_attention(
     q: Float[Array, "batch query_heads head_dim"],
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
+    cache: KVCache,
     lengths: Int[Array, " batch"],
     *,
+    layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
     return_scores: bool = False,
     group_reduction: str = "max",
     implementation: str | None = None,
 ) -> (
     Float[Array, "batch query_heads head_dim"]
-    | tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads tokens"]]
+    | tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads capacity"]]
 ):
     """Attend the first `lengths[b]` slots of row b's cache; on request, say how much each was attended.
 
     Args:
         q: the query of the present step.
-        k, v: the full cache. Slots at `lengths` and beyond are padding: their keys may hold anything, their
+        cache: the full cache. Slots at `lengths` and beyond are padding: their keys may hold anything, their
             values must be finite (they are multiplied by zero).
-        lengths: slots in use per row, 0 to tokens, the present token included.
+        lengths: slots in use per row, 0 to the capacity, the present token included.
+        layer: which layer of the cache.
         scale: factor on the logits; `head_dim ** -0.5` if None.
         return_scores: also return the scores, at the cost of no further read of the cache.
         group_reduction: `"max"`, `"mean"` or `"sum"` of the probabilities over the query heads of a kv head.
@@ -70,23 +72,24 @@ def decode_attention(
 
     Returns:
         The output in the dtype of q, zeros for a row of length 0. With `return_scores`, a pair of it and
-        `token_scores(q, k, lengths)`.
+        `token_scores(q, cache, lengths)`.
 
     Raises:
         ValueError: shapes do not fit, `lengths` out of range, unknown `group_reduction` or `implementation`.
     """
-    check_heads(q, k, v, q_rank=3)
+    check_cache(cache, layer)
+    check_query(q, cache, q_rank=3)
     check_shape("lengths", lengths, q.shape[:1], "the batch of q")
-    check_values("lengths", lengths, 0, k.shape[2])
+    check_values("lengths", lengths, 0, cache.capacity)
     check_group_reduction(group_reduction)
     out, scores = dispatch.run(
         "decode_attention",
         IMPLEMENTATIONS,
         implementation,
         q,
-        k,
-        v,
+        cache,
         lengths,
+        layer=layer,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         return_scores=return_scores,
         group_reduction=group_reduction,

@@ -3,20 +3,21 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.cache import KVCache
 from pallas_kernels.ops.one_query import reduce_group, softmax_weights, weighted_values
 
 
 def decode_attention(
     q: Float[Array, "batch query_heads head_dim"],
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
+    cache: KVCache,
     lengths: Int[Array, " batch"],
     *,
+    layer: int | Int[Array, ""],
     scale: float,
     return_scores: bool,
     group_reduction: str,
-) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads tokens"] | None]:
-    visible = jnp.arange(k.shape[2])[None, None, :] < lengths[:, None, None]
-    weights, total = softmax_weights(q, k, visible, scale)
-    out = weighted_values(weights, total, v).astype(q.dtype)
+) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads capacity"] | None]:
+    visible = jnp.arange(cache.capacity)[None, None, :] < lengths[:, None, None]
+    weights, total = softmax_weights(q, cache.keys(layer), visible, scale)
+    out = weighted_values(weights, total, cache.values(layer)).astype(q.dtype)
     return out, reduce_group(weights / total, group_reduction) if return_scores else None

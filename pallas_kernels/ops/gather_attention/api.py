@@ -3,7 +3,8 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.checks import check_heads, check_positions
+from pallas_kernels.cache import KVCache
+from pallas_kernels.checks import check_cache, check_positions, check_query
 from pallas_kernels.ops.gather_attention import reference, xla
 
 IMPLEMENTATIONS = {
@@ -14,10 +15,10 @@ IMPLEMENTATIONS = {
 
 def gather_attention(
     q: Float[Array, "batch query_heads head_dim"],
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
-    positions: Int[Array, "batch kv_heads budget"],
+    cache: KVCache,
+    positions: Int[Array, "batch heads budget"],
     *,
+    layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch query_heads head_dim"]:
@@ -28,9 +29,10 @@ def gather_attention(
 
     Args:
         q: the query of the present step.
-        k, v: the full cache; slots that are not selected may hold any key and any finite value.
-        positions: slots to attend, per kv head, in any order; -1 is an empty entry. A slot named twice counts
-            twice.
+        cache: the full cache; slots that are not selected may hold any key and any finite value.
+        positions: slots to attend, per kv head or one list for all of them (`heads` is kv_heads or 1), in any order;
+            -1 is an empty entry. A slot named twice counts twice.
+        layer: which layer of the cache.
         scale: factor on the logits; `head_dim ** -0.5` if None.
         implementation: see the package.
 
@@ -41,7 +43,10 @@ def gather_attention(
         ValueError: shapes do not fit, a position out of range (seen outside a trace only), unknown
             `implementation`.
     """
-    check_heads(q, k, v, q_rank=3)
-    check_positions(positions, k)
+    check_cache(cache, layer)
+    check_query(q, cache, q_rank=3)
+    check_positions(positions, cache, shared=True)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return dispatch.run("gather_attention", IMPLEMENTATIONS, implementation, q, k, v, positions, scale=scale)
+    return dispatch.run(
+        "gather_attention", IMPLEMENTATIONS, implementation, q, cache, positions, layer=layer, scale=scale
+    )

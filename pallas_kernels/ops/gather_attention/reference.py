@@ -3,20 +3,23 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.cache import KVCache
+
 
 def gather_attention(
     q: Float[Array, "batch query_heads head_dim"],
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
-    positions: Int[Array, "batch kv_heads budget"],
+    cache: KVCache,
+    positions: Int[Array, "batch heads budget"],
     *,
+    layer: int | Int[Array, ""],
     scale: float,
 ) -> Float[Array, "batch query_heads head_dim"]:
+    k, v = cache.keys(layer), cache.values(layer)
     group = q.shape[1] // k.shape[1]
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
     slots = jnp.arange(k.shape[2])[None, None, None, :]
     times = jnp.sum(positions[..., None] == slots, axis=2, dtype=jnp.float32)
-    times = jnp.repeat(times, group, axis=1)
+    times = jnp.repeat(times, q.shape[1] // positions.shape[1], axis=1)
     logits = scale * jnp.einsum("bhd,bhtd->bht", q32, jnp.repeat(k32, group, axis=1), precision="highest")
     logits = jnp.where(times > 0, logits, jnp.finfo(jnp.float32).min)
     weights = times * jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))

@@ -1,18 +1,21 @@
 """gather_attention in XLA: the selection is gathered into a temporary buffer and attended there."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.ops.gather_selection.xla import gather_selection
-from pallas_kernels.ops.selection_attention.xla import selection_attention
+from pallas_kernels.cache import KVCache
+from pallas_kernels.ops.gather_selection.xla import gather_heads
+from pallas_kernels.ops.one_query import softmax_weights, weighted_values
 
 
 def gather_attention(
     q: Float[Array, "batch query_heads head_dim"],
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
-    positions: Int[Array, "batch kv_heads budget"],
+    cache: KVCache,
+    positions: Int[Array, "batch heads budget"],
     *,
+    layer: int | Int[Array, ""],
     scale: float,
 ) -> Float[Array, "batch query_heads head_dim"]:
-    k_sel, v_sel = gather_selection(k, v, positions)
-    return selection_attention(q, k_sel, v_sel, positions >= 0, scale=scale)
+    positions = jnp.broadcast_to(positions, (cache.batch, cache.kv_heads, positions.shape[2]))
+    weights, total = softmax_weights(q, gather_heads(cache.keys(layer), positions), positions >= 0, scale)
+    return weighted_values(weights, total, gather_heads(cache.values(layer), positions)).astype(q.dtype)

@@ -1,9 +1,10 @@
 """Copying a selection out of the cache into a compact buffer."""
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.checks import check_cache, check_positions
+from pallas_kernels.cache import KVCache
+from pallas_kernels.checks import check_cache, check_positions, check_shape
 from pallas_kernels.ops.gather_selection import reference, xla
 
 IMPLEMENTATIONS = {
@@ -13,26 +14,45 @@ IMPLEMENTATIONS = {
 
 
 def gather_selection(
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
+    cache: KVCache,
     positions: Int[Array, "batch kv_heads budget"],
+    into: KVCache,
     *,
+    layer: int | Int[Array, ""] = 0,
+    rows: Bool[Array, " batch"] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch kv_heads budget head_dim"], Float[Array, "batch kv_heads budget head_dim"]]:
-    """The keys and values at `positions`, in that order, contiguous.
+) -> KVCache:
+    """Writes the keys and values at `positions` of one layer, in that order, into the same layer of `into`.
 
     Args:
-        k, v: the full cache.
+        cache: the full cache.
         positions: slots to copy, per kv head, in any order and with repeats; -1 is an empty entry.
+        into: the compact buffer, a cache of as many slots as there are entries; donate it, it is updated in place.
+        layer: which layer of both.
+        rows: the rows of the batch to write; the others keep what they have. None: all.
         implementation: see the package.
 
     Returns:
-        The selected keys and values in the dtypes of k and v; empty entries are zeros.
+        `into` with the layer written; empty entries of the written rows are zeros.
 
     Raises:
         ValueError: shapes do not fit, a position out of range (seen outside a trace only), unknown
             `implementation`.
     """
-    check_cache(k, v)
-    check_positions(positions, k)
-    return dispatch.run("gather_selection", IMPLEMENTATIONS, implementation, k, v, positions)
+    check_cache(cache, layer)
+    check_cache(into, layer, name="into")
+    check_positions(positions, cache)
+    wanted = (type(cache), cache.layers, cache.batch, cache.kv_heads, positions.shape[2], cache.head_dim, cache.dtype)
+    given = (type(into), into.layers, into.batch, into.kv_heads, into.capacity, into.head_dim, into.dtype)
+    if given != wanted:
+        names = "layout, layers, batch, kv_heads, capacity, head_dim, dtype"
+        raise ValueError(f"into has ({names}) {_plain(given)}; expected {_plain(wanted)}, from cache and positions")
+    if rows is not None:
+        check_shape("rows", rows, (cache.batch,), "the batch of cache")
+    return dispatch.run(
+        "gather_selection", IMPLEMENTATIONS, implementation, cache, positions, into, layer=layer, rows=rows
+    )
+
+
+def _plain(parts: tuple) -> str:
+    return f"({parts[0].__name__}, {', '.join(map(str, parts[1:]))})"

@@ -3,7 +3,8 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.checks import check_heads, check_values
+from pallas_kernels.cache import KVCache
+from pallas_kernels.checks import check_cache, check_query, check_values
 from pallas_kernels.ops.prefill_attention import reference, xla
 
 IMPLEMENTATIONS = {
@@ -14,10 +15,10 @@ IMPLEMENTATIONS = {
 
 def prefill_attention(
     q: Float[Array, "batch query_heads chunk head_dim"],
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
+    cache: KVCache,
     start: int | Int[Array, ""],
     *,
+    layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch query_heads chunk head_dim"]:
@@ -29,8 +30,9 @@ def prefill_attention(
 
     Args:
         q: the queries of the chunk.
-        k, v: the full cache; slots from `start + chunk` on may hold any key and any finite value.
-        start: slot of the first query, 0 to tokens - chunk, the same for all rows; may be traced.
+        cache: the full cache; slots from `start + chunk` on may hold any key and any finite value.
+        start: slot of the first query, 0 to capacity - chunk, the same for all rows; may be traced.
+        layer: which layer of the cache.
         scale: factor on the logits; `head_dim ** -0.5` if None.
         implementation: see the package.
 
@@ -41,10 +43,11 @@ def prefill_attention(
         ValueError: shapes do not fit, `start` out of range (seen outside a trace only), unknown
             `implementation`.
     """
-    check_heads(q, k, v, q_rank=4)
-    chunk, tokens = q.shape[2], k.shape[2]
-    if chunk > tokens:
-        raise ValueError(f"q has {chunk} tokens and k has {tokens} slots; expected a chunk that fits in the cache")
-    check_values("start", start, 0, tokens - chunk)
+    check_cache(cache, layer)
+    check_query(q, cache, q_rank=4)
+    chunk = q.shape[2]
+    if chunk > cache.capacity:
+        raise ValueError(f"q has {chunk} tokens and cache has {cache.capacity} slots; expected a chunk that fits in it")
+    check_values("start", start, 0, cache.capacity - chunk)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return dispatch.run("prefill_attention", IMPLEMENTATIONS, implementation, q, k, v, start, scale=scale)
+    return dispatch.run("prefill_attention", IMPLEMENTATIONS, implementation, q, cache, start, layer=layer, scale=scale)

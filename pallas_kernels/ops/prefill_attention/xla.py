@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.cache import KVCache
+
 # Slots per block. 512 keeps the logits of a 512-token chunk at 1 MiB per query head.
 BLOCK_KV = 512
 
@@ -15,18 +17,18 @@ State = tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]
 
 def prefill_attention(
     q: Float[Array, "batch query_heads chunk head_dim"],
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
+    cache: KVCache,
     start: int | Int[Array, ""],
     *,
+    layer: int | Int[Array, ""],
     scale: float,
 ) -> Float[Array, "batch query_heads chunk head_dim"]:
     batch, query_heads, chunk, head_dim = q.shape
-    kv_heads, tokens = k.shape[1:3]
+    kv_heads, tokens = cache.kv_heads, cache.capacity
     group = query_heads // kv_heads
     block = min(BLOCK_KV, tokens)
     # The query heads of a kv head and the rows of the chunk form one axis: one matrix product per kv head.
-    queries = q.astype(k.dtype).reshape(batch, kv_heads, group * chunk, head_dim)
+    queries = q.astype(cache.dtype).reshape(batch, kv_heads, group * chunk, head_dim)
     own_slot = jnp.tile(start + jnp.arange(chunk), group)[:, None]
 
     def visit(index: Int[Array, ""], state: State) -> State:
@@ -34,8 +36,7 @@ def prefill_attention(
         # A slice cannot run past the end, so the last block may begin inside its predecessor, whose slots are
         # then skipped.
         first = jnp.minimum(index * block, tokens - block)
-        k_block = lax.dynamic_slice_in_dim(k, first, block, axis=2)
-        v_block = lax.dynamic_slice_in_dim(v, first, block, axis=2)
+        k_block, v_block = cache.block(layer, first, block)
         slots = (first + jnp.arange(block))[None, :]
         visible = (slots >= index * block) & (slots <= own_slot)
         logits = scale * jnp.einsum("bnqd,bntd->bnqt", queries, k_block, preferred_element_type=jnp.float32)
@@ -43,7 +44,9 @@ def prefill_attention(
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
         weights = jnp.exp(logits - new_largest)
         decay = jnp.exp(largest - new_largest)
-        out_block = jnp.einsum("bnqt,bntd->bnqd", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
+        out_block = jnp.einsum(
+            "bnqt,bntd->bnqd", weights.astype(cache.dtype), v_block, preferred_element_type=jnp.float32
+        )
         return (
             out * decay + out_block,
             new_largest,

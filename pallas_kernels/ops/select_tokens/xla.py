@@ -1,8 +1,10 @@
-"""select_tokens in XLA: a windowed maximum and one `top_k`."""
+"""select_tokens in XLA: a windowed maximum and one `top_k`; one more over the turns of a union."""
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.ops.select_tokens.strengths import NO_TURN, candidates, strengths, turns, with_kept
 
 
 def select_tokens(
@@ -12,22 +14,31 @@ def select_tokens(
     k: int,
     pool: int,
     sinks: int,
-) -> Int[Array, "batch kv_heads {k}"]:
-    batch, kv_heads, tokens = scores.shape
-    slots = jnp.arange(tokens)[None, None, :]
-    last = lengths[:, None, None].astype(jnp.int32) - 1
-    candidate = (slots >= sinks) & (slots < last)
+    recent: int,
+    shared: str | None,
+    ordered: bool,
+    recall: float,
+) -> Int[Array, "batch selections {k}"]:
+    del ordered  # top_k sorts in any case
+    tokens = scores.shape[-1]
+    candidate = candidates(lengths, tokens, sinks=sinks, recent=recent)
+    strength = strengths(scores, candidate, pool=pool, shared=shared)
+    m = min(k - sinks - recent, tokens)
+    chosen = _strongest_first(strength, m, recall)
+    if shared == "union":
+        soonest, slots = lax.top_k(-turns(chosen, tokens), m)
+        chosen = jnp.where(soonest > -NO_TURN, slots, -1)
+    return with_kept(chosen[..., ::-1], lengths, k=k, sinks=sinks, recent=recent)
 
-    # -inf marks what is no candidate, before pooling so that nothing leaks in and after it so that nothing
-    # leaks out. top_k orders -0.0 below 0.0; they are equal scores, so the sign is dropped.
-    usable = jnp.where(candidate, jnp.where(scores == 0, 0.0, scores.astype(jnp.float32)), -jnp.inf)
-    pooled = lax.reduce_window(usable, -jnp.inf, lax.max, (1, 1, pool), (1, 1, 1), "SAME")
-    best, chosen = lax.top_k(jnp.where(candidate, pooled, -jnp.inf), min(k - sinks - 1, tokens))
-    weakest_first = jnp.where(best > -jnp.inf, chosen, -1)[..., ::-1]
 
-    missing = jnp.full((batch, kv_heads, k - sinks - 1 - weakest_first.shape[-1]), -1, jnp.int32)
-    sink_slots = jnp.arange(sinks, dtype=jnp.int32)[None, None, :]
-    itself = jnp.where(last >= sinks, last, -1)
-    kept = jnp.concatenate([itself, jnp.where(sink_slots <= last, sink_slots, -1)], axis=-1)
-    kept = jnp.broadcast_to(kept, (batch, kv_heads, 1 + sinks))
-    return jnp.concatenate([missing, weakest_first, kept], axis=-1)
+def _strongest_first(
+    strength: Float[Array, "batch heads tokens"], m: int, recall: float
+) -> Int[Array, "batch heads {m}"]:
+    """The m strongest, with -1 where strength is -inf."""
+    # top_k orders -0.0 below 0.0; they are equal scores, so the sign is dropped.
+    strength = jnp.where(strength == 0, 0.0, strength)
+    if recall < 1 and m > 0:
+        best, chosen = lax.approx_max_k(strength, m, recall_target=recall)
+    else:
+        best, chosen = lax.top_k(strength, m)
+    return jnp.where(best > -jnp.inf, chosen, -1)

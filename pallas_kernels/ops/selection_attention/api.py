@@ -1,9 +1,10 @@
 """Attention of one query step over a compact buffer."""
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.checks import check_heads, check_shape
+from pallas_kernels.cache import KVCache
+from pallas_kernels.checks import check_cache, check_query
 from pallas_kernels.ops.selection_attention import reference, xla
 
 IMPLEMENTATIONS = {
@@ -14,10 +15,10 @@ IMPLEMENTATIONS = {
 
 def selection_attention(
     q: Float[Array, "batch query_heads head_dim"],
-    k_sel: Float[Array, "batch kv_heads budget head_dim"],
-    v_sel: Float[Array, "batch kv_heads budget head_dim"],
-    valid: Bool[Array, "batch kv_heads budget"],
+    selection: KVCache,
+    valid: Bool[Array, "batch heads budget"],
     *,
+    layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch query_heads head_dim"]:
@@ -25,8 +26,10 @@ def selection_attention(
 
     Args:
         q: the query of the present step.
-        k_sel, v_sel: the compact buffer. Entries that are not valid may hold any key and any finite value.
-        valid: which entries hold a token.
+        selection: the compact buffer, with a slot per entry. Entries that are not valid may hold any key and any
+            finite value.
+        valid: which entries hold a token, per kv head, or one row for all of them.
+        layer: which layer of the selection.
         scale: factor on the logits; `head_dim ** -0.5` if None.
         implementation: see the package.
 
@@ -36,7 +39,18 @@ def selection_attention(
     Raises:
         ValueError: shapes do not fit, unknown `implementation`.
     """
-    check_heads(q, k_sel, v_sel, q_rank=3, names=("k_sel", "v_sel"))
-    check_shape("valid", valid, k_sel.shape[:3], "k_sel")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return dispatch.run("selection_attention", IMPLEMENTATIONS, implementation, q, k_sel, v_sel, valid, scale=scale)
+    check_cache(selection, layer, name="selection")
+    check_query(q, selection, q_rank=3, name="selection")
+    expected = (selection.batch, selection.kv_heads, selection.capacity)
+    if valid.shape not in (expected, (expected[0], 1, expected[2])):
+        raise ValueError(f"valid has shape {valid.shape}; expected {expected}, from selection, or one head for all")
+    return dispatch.run(
+        "selection_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        q,
+        selection,
+        valid,
+        layer=layer,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )

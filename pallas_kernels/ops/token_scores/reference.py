@@ -4,15 +4,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.cache import KVCache
+
 
 def token_scores(
     q: Float[Array, "batch query_heads head_dim"],
-    k: Float[Array, "batch kv_heads tokens head_dim"],
+    cache: KVCache,
     lengths: Int[Array, " batch"],
     *,
+    layer: int | Int[Array, ""],
     scale: float,
     group_reduction: str,
-) -> Float[Array, "batch kv_heads tokens"]:
+) -> Float[Array, "batch kv_heads capacity"]:
+    k = cache.keys(layer)
     group = q.shape[1] // k.shape[1]
     visible = jnp.arange(k.shape[2])[None, :] < lengths[:, None]
     reduce = {"max": jnp.max, "mean": jnp.mean, "sum": jnp.sum}[group_reduction]

@@ -1,0 +1,72 @@
+"""Runs each compile in a process of its own, one at a time."""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpu_check.chips import Chip
+from tpu_check.compile import Figures
+from tpu_check.programs import Program
+
+TIMEOUT = 900  # seconds for one compile
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    # what a TPU machine would tell the compiler about itself
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_LOG_DIR": "disabled",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A program on a chip: its figures, or why there are none."""
+
+    program: Program
+    chip: Chip
+    figures: Figures | None
+    error: str = ""
+
+
+def run(program: Program, chip: Chip) -> Row:
+    """Compiles the program for the chip; never raises for what the compiler does."""
+    with tempfile.TemporaryDirectory(prefix="tpu_check_") as folder, _one_at_a_time():
+        dump, out = Path(folder) / "dump", Path(folder) / "figures.json"
+        dump.mkdir()
+        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.bundles"
+        command = [sys.executable, "-m", "tpu_check.compile", chip.name, program.name, str(dump), str(out)]
+        environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
+        try:
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=TIMEOUT
+            )
+        except subprocess.TimeoutExpired:
+            return Row(program, chip, None, f"no result after {TIMEOUT} s")
+        if done.returncode or not out.exists():
+            return Row(program, chip, None, _reason(done.returncode, done.stderr.decode(errors="replace")))
+        return Row(program, chip, Figures(**json.loads(out.read_text())))
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Waits until no other process of this kind runs: the TPU compiler serves one process at a time."""
+    with open(Path(tempfile.gettempdir()) / "tpu.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _reason(status: int, stderr: str) -> str:
+    """The last line of a traceback that says something, in one line and not too long."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.split(":")[0].split(".")[-1].endswith(("Error", "Exception", "Failure"))]
+    said = errors[-1] if errors else lines[-1] if lines else "no message"
+    return f"exit status {status}: {said[:400]}"

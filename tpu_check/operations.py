@@ -1,0 +1,192 @@
+"""The operations of `pallas_kernels` as programs: one layer of a cache of two, so that slicing one out would show."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels as pk
+from recycled_jax.config import LlamaConfig
+from tpu_check.chips import Chip
+from tpu_check.programs import BUDGET, TOKENS, Built, Program, array, nbytes
+
+_LAYERS = 2
+_PAGE = 16  # tokens; Quest's page size
+_CHUNK = 64  # tokens
+_PREFILL = 512  # tokens of a chunk of a prompt
+_TRAINED = 8_192  # tokens of a training sequence
+_STREAMING = {"ratio": 1.25}
+
+
+def operations() -> Iterator[Program]:
+    for model in ("8B", "1B"):
+        for batch in (1, 8):
+            first = (model, batch) == ("8B", 1)
+            yield Program("decode_attention", model, batch, "", _decode_attention, _STREAMING, short=batch == 1)
+            yield Program("token_scores", model, batch, "", _token_scores, _STREAMING, short=batch == 1)
+            yield Program("selection_attention", model, batch, "", _selection_attention, _STREAMING, short=batch == 1)
+            yield Program("select_tokens", model, batch, "per head", _select(), {"select": 0.15}, short=first)
+            yield Program("gather_attention", model, batch, "shared", _gather(1), {"bundles_per_token": 5}, short=first)
+    for model in ("8B", "1B"):
+        yield Program("decode_attention", model, 1, "with scores", _decode_attention_with_scores)
+        yield Program("select_tokens", model, 1, "unordered", _select(ordered=False))
+        yield Program("select_tokens", model, 1, "shared by vote", _select(shared="sum"))
+        yield Program("gather_attention", model, 1, "per head", _gather(None))
+        yield Program("gather_selection", model, 1, "per head", _gather_selection, short=model == "8B")
+        yield Program("page_scores", model, 1, f"pages of {_PAGE}", _page_scores)
+        yield Program("chunk_scores", model, 1, f"chunks of {_CHUNK}", _chunk_scores)
+        yield Program("prefill_attention", model, 1, f"last {_PREFILL}", _prefill_attention, short=model == "8B")
+        yield Program("causal_attention", model, 1, f"{_TRAINED} tokens", _causal_attention)
+
+
+def _cache(config: LlamaConfig, batch: int, capacity: int) -> pk.KVCache:
+    def make() -> pk.KVCache:
+        return pk.empty_cache(
+            pk.preferred_layout(None),
+            layers=_LAYERS,
+            batch=batch,
+            kv_heads=config.kv_heads,
+            capacity=capacity,
+            head_dim=config.head_dim,
+            dtype=jnp.bfloat16,
+        )
+
+    return jax.eval_shape(make)
+
+
+def _query(config: LlamaConfig, batch: int):
+    return array((batch, config.query_heads, config.head_dim))
+
+
+def _numbers(*shape: int):
+    return array(shape, jnp.int32)
+
+
+def _decode_attention(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+    q, cache = _query(config, batch), _cache(config, batch, TOKENS)
+    return Built(
+        lambda q, cache, lengths, layer: pk.decode_attention(q, cache, lengths, layer=layer),
+        (q, cache, _numbers(batch), _numbers()),
+        nbytes(cache) // _LAYERS + 2 * nbytes(q),
+        cache=cache,
+    )
+
+
+def _score_bytes(config: LlamaConfig, batch: int, count: int) -> int:
+    return 4 * batch * config.kv_heads * count
+
+
+def _decode_attention_with_scores(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+    q, cache = _query(config, batch), _cache(config, batch, TOKENS)
+    return Built(
+        lambda q, cache, lengths, layer: pk.decode_attention(q, cache, lengths, layer=layer, return_scores=True),
+        (q, cache, _numbers(batch), _numbers()),
+        nbytes(cache) // _LAYERS + 2 * nbytes(q) + _score_bytes(config, batch, TOKENS),
+        cache=cache,
+    )
+
+
+def _token_scores(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+    q, cache = _query(config, batch), _cache(config, batch, TOKENS)
+    return Built(
+        lambda q, cache, lengths, layer: pk.token_scores(q, cache, lengths, layer=layer),
+        (q, cache, _numbers(batch), _numbers()),
+        nbytes(cache) // _LAYERS // 2 + nbytes(q) + _score_bytes(config, batch, TOKENS),
+        cache=cache,
+    )
+
+
+def _page_scores(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+    q, bounds = _query(config, batch), _cache(config, batch, TOKENS // _PAGE)
+    return Built(
+        lambda q, bounds, lengths, layer: pk.page_scores(q, bounds, lengths, page_size=_PAGE, layer=layer),
+        (q, bounds, _numbers(batch), _numbers()),
+        nbytes(bounds) // _LAYERS + nbytes(q) + _score_bytes(config, batch, TOKENS // _PAGE),
+    )
+
+
+def _chunk_scores(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+    q = _query(config, batch)
+    chunks = array((batch, config.kv_heads, TOKENS // _CHUNK, config.head_dim))
+    return Built(
+        pk.chunk_scores,
+        (q, chunks, _numbers(batch)),
+        nbytes((q, chunks)) + _score_bytes(config, batch, TOKENS // _CHUNK),
+    )
+
+
+def _select(shared: str | None = None, ordered: bool = True) -> Callable[[Chip, LlamaConfig, int], Built]:
+    def build(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+        scores = array((batch, config.kv_heads, TOKENS), jnp.float32)
+        chosen = batch * (1 if shared else config.kv_heads) * BUDGET
+        return Built(
+            lambda scores, lengths: pk.select_tokens(
+                scores, lengths, k=BUDGET, pool=7, sinks=4, shared=shared, ordered=ordered
+            ),
+            (scores, _numbers(batch)),
+            nbytes(scores) + 4 * chosen,
+            attention_bytes=nbytes(_cache(config, batch, TOKENS)) // _LAYERS,
+        )
+
+    return build
+
+
+def _gather(heads: int | None) -> Callable[[Chip, LlamaConfig, int], Built]:
+    def build(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+        q, cache = _query(config, batch), _cache(config, batch, TOKENS)
+        positions = _numbers(batch, heads or config.kv_heads, BUDGET)
+        return Built(
+            lambda q, cache, positions, layer: pk.gather_attention(q, cache, positions, layer=layer),
+            (q, cache, positions, _numbers()),
+            nbytes(_cache(config, batch, BUDGET)) // _LAYERS + 2 * nbytes(q) + nbytes(positions),
+            cache=cache,
+            tokens=batch * BUDGET if heads == 1 else None,
+        )
+
+    return build
+
+
+def _gather_selection(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+    cache, into = _cache(config, batch, TOKENS), _cache(config, batch, BUDGET)
+    positions = _numbers(batch, config.kv_heads, BUDGET)
+    return Built(
+        lambda cache, positions, into, layer: pk.gather_selection(cache, positions, into, layer=layer),
+        (cache, positions, into, _numbers()),
+        2 * nbytes(into) // _LAYERS + nbytes(positions),
+        donate=(2,),
+        cache=cache,
+    )
+
+
+def _selection_attention(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+    q, selection = _query(config, batch), _cache(config, batch, BUDGET)
+    valid = array((batch, config.kv_heads, BUDGET), jnp.bool_)
+    return Built(
+        lambda q, selection, valid, layer: pk.selection_attention(q, selection, valid, layer=layer),
+        (q, selection, valid, _numbers()),
+        nbytes(selection) // _LAYERS + 2 * nbytes(q) + nbytes(valid),
+        cache=selection,
+    )
+
+
+def _prefill_attention(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+    q = array((batch, config.query_heads, _PREFILL, config.head_dim))
+    cache = _cache(config, batch, TOKENS)
+    return Built(
+        lambda q, cache, start, layer: pk.prefill_attention(q, cache, start, layer=layer),
+        (q, cache, _numbers(), _numbers()),
+        nbytes(cache) // _LAYERS + 2 * nbytes(q),
+        4 * batch * config.query_heads * config.head_dim * _PREFILL * TOKENS,
+        cache=cache,
+    )
+
+
+def _causal_attention(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+    q = array((batch, config.query_heads, _TRAINED, config.head_dim))
+    k = array((batch, config.kv_heads, _TRAINED, config.head_dim))
+    return Built(
+        pk.causal_attention,
+        (q, k, k),
+        2 * nbytes((q, k)),
+        4 * batch * config.query_heads * config.head_dim * _TRAINED * _TRAINED // 2,
+    )
