@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
+LIBTPU := $(VENV)/libtpu
 
-.PHONY: install demo test bench lint types clean
+.PHONY: install demo test bench lint types tpu-check tpu-check-short clean
 
 install: $(STAMP)
 
@@ -24,6 +25,14 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(RUN) pyright
 
+# Every operation and decode program through the TPU compiler, for four chips; a TPU is not needed. Writes docs/tpu_static.
+tpu-check: $(STAMP) $(LIBTPU)
+	PYTHONPATH=$(LIBTPU) $(RUN) tpu_check
+
+# One chip and the main operations, for continuous integration; writes nothing.
+tpu-check-short: $(STAMP) $(LIBTPU)
+	PYTHONPATH=$(LIBTPU) $(RUN) tpu_check --short
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_out .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -38,4 +47,10 @@ $(STAMP): pyproject.toml constraints.txt .python-version
 	$(PYTHON) -m venv $$($(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || echo --clear) $(VENV)
 	$(RUN) pip install --quiet --constraint constraints.txt setuptools
 	$(RUN) pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# The TPU compiler lies beside the environment, not in it: there, JAX would look for a TPU whenever it starts.
+$(LIBTPU): $(STAMP)
+	$(RUN) pip install --quiet --constraint constraints.txt --no-deps --target $@.partial libtpu
+	rm -rf $@ && mv $@.partial $@
 	@touch $@

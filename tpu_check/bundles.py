@@ -7,7 +7,7 @@ full.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +22,12 @@ _TEST = re.compile(r"(%\w+) = scmp\.(ge|gt|eq)\.s32\.totalorder (?:\(!?%\w+\), )
 _ADD = re.compile(r"(%\w+) = sadd\.s32 (?:\(!?%\w+\), )?(\d+), (%\w+)")
 _MOVE = re.compile(r"(%\w+) = smov (?:\(!?%\w+\), )?(%\w+|-?\d+)")
 _PHI = re.compile(r"(%\w+) = sphi (%\w+), (%\w+)")
-_DMA = re.compile(r"dma\.(\w+)[^;]*?/\*size_in_granules=\*/(\d+)(.*?)(?=;;|$)", re.DOTALL)
-_BASE = re.compile(r"\nbase_bounds: \(([\d, ]+)\).*element_size_in_bytes: (\d+)", re.DOTALL)
+_STORE = re.compile(r"sst \[smem:\[#(allocation\d+_spill)\]\] (%\w+)")
+_LOAD = re.compile(r"(%\w+) = sld \[smem:\[#(allocation\d+_spill)\]\]")
+_DMA = re.compile(r"dma\.(\w+)[^;]*?/\*size_in_granules=\*/(\d+|%\w+)(.*?)(?=;;|$)", re.DOTALL)
+_WALK = re.compile(
+    r"\nbase_bounds: \(([\d, ]+)\).*\nwindow_bounds: \(([\d, ]+)\).*element_size_in_bytes: (\d+)", re.DOTALL
+)
 _ITERATIONS = re.compile(r"iteration_bounds: \(([\d, ]+)\)")
 
 
@@ -57,46 +61,51 @@ class Computation:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bundles issued by one core, and bytes moved between HBM and the device. `unknown` names the loops whose trip
-    counts are not known, counted once: then both figures are lower bounds."""
+    """Bundles issued by one core, and bytes moved between HBM and the device. `parts`: bundles by computation.
+
+    `unknown` names the computations with loops (how many) whose trip counts are not known and that were counted once:
+    then both figures are lower bounds.
+    """
 
     bundles: int = 0
     bytes: int = 0
     unknown: tuple[str, ...] = ()
+    parts: tuple[tuple[str, int], ...] = ()
 
     def __add__(self, other: "Cost") -> "Cost":
         unknown = tuple(dict.fromkeys(self.unknown + other.unknown))
-        return Cost(self.bundles + other.bundles, self.bytes + other.bytes, unknown)
+        return Cost(self.bundles + other.bundles, self.bytes + other.bytes, unknown, self.parts + other.parts)
 
     def times(self, trips: int) -> "Cost":
-        return Cost(self.bundles * trips, self.bytes * trips, self.unknown)
+        parts = tuple((name, bundles * trips) for name, bundles in self.parts)
+        return Cost(self.bundles * trips, self.bytes * trips, self.unknown, parts)
 
 
-def cost(computation: Computation, trips: Mapping[int, int] | None = None) -> Cost:
-    """What one run of the computation costs. `trips` gives or overrides the trip counts of loops, which are numbered
-    from 0 in the order of their first bundles."""
-    trips = {} if trips is None else trips
-    numbers = iter(range(1_000_000))
-    unknown: list[str] = []
+def cost(computation: Computation, trips: Sequence[float] = ()) -> Cost:
+    """What one run of the computation costs. `trips` are those of the loops whose trip counts are not constants, in the
+    order of their first bundles: the mean per run of what is around them, so a loop that a predicate skips most of the
+    time has few."""
+    given = iter(trips)
+    unknown = 0
     cores = 2 if computation.split else 1
 
-    def walk(loop: Loop, runs: int) -> tuple[int, int]:
+    def walk(loop: Loop, runs: float) -> tuple[float, float]:
+        nonlocal unknown
         bundles = loop.bundles * runs
         moved = sum(_moved(transfer, runs * cores) for transfer in loop.transfers)
         for inner in loop.inner:
-            number = next(numbers)
-            count = trips.get(number, inner.trips)
-            if count is None:
-                unknown.append(f"{computation.name} loop {number}")
+            count = next(given, None) if inner.trips is None else inner.trips
+            unknown += count is None
             below = walk(inner, runs * (1 if count is None else count))
             bundles, moved = bundles + below[0], moved + below[1]
         return bundles, moved
 
-    bundles, moved = walk(computation.root, 1)
-    return Cost(bundles, moved, tuple(unknown))
+    bundles, moved = (round(figure) for figure in walk(computation.root, 1))
+    names = (f"{computation.name} ({unknown})",) if unknown else ()
+    return Cost(bundles, moved, names, ((computation.name, bundles),))
 
 
-def _moved(transfer: Transfer, runs: int) -> int:
+def _moved(transfer: Transfer, runs: float) -> float:
     # A pipeline fetches a block again only when its index changes, so at most the array goes through once.
     total = transfer.size * runs
     return total if transfer.array is None else min(total, transfer.array)
@@ -175,7 +184,7 @@ def _loop(bundles: list[_Bundle], span: _Span, constants: "_Constants") -> Loop:
     text = "\n".join(bundle.text for bundle in own)
     trips = constants.trips(span.predicate) if span.predicate else 1
     if trips is not None and span.predicate:
-        grids = {math.prod(int(bound) for bound in bounds.split(",")) for bounds in _ITERATIONS.findall(text)}
+        grids = {_product(bounds) for bounds in _ITERATIONS.findall(text)}
         trips = max((grid for grid in grids if 0 <= trips - grid <= _PIPELINE_STAGES), default=trips)
     inner = tuple(_loop(bundles, part, constants) for part in span.inner)
     transfers = tuple(transfer for bundle in own for transfer in _transfers(bundle.text))
@@ -186,9 +195,14 @@ def _transfers(text: str) -> Iterator[Transfer]:
     for kind, granules, rest in _DMA.findall(text):
         if "hbm" not in kind:
             continue
-        base = _BASE.search(rest)
-        array = math.prod(int(bound) for bound in base[1].split(",")) * int(base[2]) if base else None
-        yield Transfer(int(granules) * GRANULE, array)
+        walk = _WALK.search(rest)
+        array, window = (_product(walk[1]) * int(walk[3]), _product(walk[2]) * int(walk[3])) if walk else (None, 0)
+        # a size in a register is that of a window which may hang over the array's end
+        yield Transfer(int(granules) * GRANULE if granules.isdecimal() else window, array)
+
+
+def _product(bounds: str) -> int:
+    return math.prod(int(bound) for bound in bounds.split(","))
 
 
 class _Constants:
@@ -197,7 +211,9 @@ class _Constants:
     def __init__(self, text: str) -> None:
         self.tests = {test: (kind, counter, int(bound)) for test, kind, counter, bound in _TEST.findall(text)}
         self.adds = {name: (int(step), counter) for name, step, counter in _ADD.findall(text)}
-        self.moves = dict(_MOVE.findall(text))
+        spilled = {slot: name for slot, name in _STORE.findall(text)}
+        loads = {name: spilled[slot] for name, slot in _LOAD.findall(text) if slot in spilled}
+        self.moves = loads | dict(_MOVE.findall(text))
         self.phis = {name: (first, again) for name, first, again in _PHI.findall(text)}
 
     def trips(self, predicate: str) -> int | None:
@@ -207,6 +223,7 @@ class _Constants:
         step, phi = self.adds.get(self._source(counter), (None, None))
         if step is None or phi is None or step == 0 or step >= 2**31:
             return None
+        phi = self._source(phi)
         if phi not in self.phis:
             return None
         first = self._source(self.phis[phi][0])

@@ -21,15 +21,16 @@ from tpu_check import bundles, hlo
 from tpu_check.bundles import Cost
 from tpu_check.catalogue import catalogue
 from tpu_check.chips import CHIPS, Chip
-from tpu_check.programs import MODELS, Built, Program, nbytes
+from tpu_check.programs import MODELS, TRIPS, Built, Program, nbytes
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler says of one program on one chip; bytes and microseconds. `bundles` are times the trips of loops.
+    """What the compiler says of one program on one chip; bytes and microseconds. `bundles` count every trip of a loop.
 
-    `unknown` names loops that were counted once for want of a trip count. `implementations`: `operation/name` of what
-    ran. `layers`: how many were compiled, None for an operation. `attention_us`: `Built.attention_bytes` as time.
+    `unknown` names what has loops that were counted once for want of a trip count, `parts` are bundles by computation.
+    `implementations`: `operation/name` of what ran. `layers`: how many were compiled, None for an operation.
+    `attention_us`: `Built.attention_bytes` as time.
     """
 
     floor_bytes: int
@@ -39,6 +40,7 @@ class Figures:
     bundles: int
     bundle_us: float
     unknown: list[str]
+    parts: dict[str, int]
     vmem: int
     temporaries: int
     aliased: int
@@ -66,13 +68,10 @@ def compile_program(program: Program, chip: Chip, dump: Path) -> Figures:
         )
         compiled = jax.jit(built.function, donate_argnums=built.donate).lower(*arguments).compile()
     seconds = time.perf_counter() - started
-    return figures(
-        program, chip, built, compiled.as_text() or "", compiled.memory_analysis(), bundles.read_dump(dump), seconds
-    )
+    return figures(chip, built, compiled.as_text() or "", compiled.memory_analysis(), bundles.read_dump(dump), seconds)
 
 
 def figures(
-    program: Program,
     chip: Chip,
     built: Built,
     text: str,
@@ -87,7 +86,7 @@ def figures(
         if instruction not in dumped:
             return None
         kernel = re.sub(r"\.\d+$", "", instruction)
-        return bundles.cost(dumped[instruction], program.trips.get(kernel))
+        return bundles.cost(dumped[instruction], TRIPS.get(kernel, ()))
 
     cost = hlo.total(module, cost_of)
     cache = 0 if built.cache is None else nbytes(built.cache)
@@ -99,6 +98,7 @@ def figures(
         cost.bundles,
         chip.microseconds(bundles=cost.bundles),
         list(cost.unknown),
+        dict(sorted(cost.parts, key=lambda part: -part[1])),
         hlo.vmem_bytes(text),
         memory.temp_size_in_bytes,
         memory.alias_size_in_bytes,

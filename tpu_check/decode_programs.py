@@ -74,8 +74,8 @@ def _nested_loop(chip: Chip, config: LlamaConfig, batch: int) -> Built:
     policy = make_policy("recycled", k=BUDGET, stride=STRIDE)
     fitting, params, state = _fit(chip, config, batch, policy)
     model = Llama(fitting, dtype=DTYPE, param_dtype=DTYPE)
-    loop_state = LoopState(
-        state, array((batch,), jnp.int32), array((batch,), jnp.bool_), jax.eval_shape(lambda: jax.random.key(0))
+    loop_state = jax.eval_shape(
+        lambda state: LoopState(state, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), jax.random.key(0)), state
     )
 
     def block(params, state, limit):

@@ -57,12 +57,6 @@ class Instruction:
             return [name.strip().lstrip("%") for name in listed[1].split(",")]
         return [name for name in map(self.attribute, ("true_computation", "false_computation")) if name]
 
-    @property
-    def trips(self) -> int | None:
-        """How often a while loop runs, where the compiler knows."""
-        match = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.text)
-        return int(match[1]) if match else None
-
 
 @dataclass(frozen=True)
 class Module:
@@ -122,10 +116,10 @@ def total(module: Module, cost_of: Callable[[str], Cost | None]) -> Cost:
         result = Cost()
         for instruction in module.computations.get(name, ()):
             if instruction.opcode == "while":
-                body = of(instruction.attribute("body") or "")
-                if instruction.trips is None:
-                    body += Cost(unknown=(f"HLO loop {instruction.name}",))
-                result += body.times(instruction.trips or 1)
+                body, trips = of(instruction.attribute("body") or ""), _trips(module, instruction)
+                if trips is None:
+                    body += Cost(unknown=(instruction.name,))
+                result += body.times(trips or 1)
             elif instruction.opcode == "conditional":
                 result += max((of(branch) for branch in instruction.branches), key=lambda c: c.bundles, default=Cost())
             elif instruction.opcode == "call":
@@ -135,6 +129,18 @@ def total(module: Module, cost_of: Callable[[str], Cost | None]) -> Cost:
         return result
 
     return of(module.entry)
+
+
+def _trips(module: Module, loop: Instruction) -> int | None:
+    """How often a while loop runs that counts from 0 to a constant, as `scan` does; None for any other."""
+    condition = module.computations.get(loop.attribute("condition") or "", ())
+    parts = {part.name: part for part in condition}
+    for part in condition:
+        if part.root and part.opcode == "compare" and "direction=LT" in part.text:
+            bound = parts.get(_operands(part)[1])
+            number = bound and bound.opcode == "constant" and re.match(r"(\d+)\)", bound.text)
+            return int(number[1]) if number else None
+    return None
 
 
 def vmem_bytes(text: str) -> int:

@@ -1,5 +1,6 @@
 """The limits that a row has to keep, and the exceptions that are granted with a reason."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,17 +26,16 @@ class Waiver:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A limit, what the program has (None: cannot be told, which breaks it), and the bound that applied."""
+    """A limit, what the program has, and the bound that applied."""
 
     limit: LimitName
-    value: float | None
+    value: float
     bound: float
     status: Status
     reason: str = ""
 
     def __str__(self) -> str:
-        value = "unknown" if self.value is None else f"{self.value:.3g}"
-        text = f"{self.limit} {value}, at most {self.bound:.3g}"
+        text = f"{self.limit} {self.value:.3g}, at most {self.bound:.3g}"
         return f"{text}: {self.reason}" if self.reason else text
 
 
@@ -45,15 +45,15 @@ def verdicts(row: Row, waivers: Sequence[Waiver]) -> list[Verdict]:
         return []
     found = []
     for limit, bound in row.program.limits.items():
-        value = _value(limit, row.figures)
+        value, exact = _value(limit, row.figures)
         waiver = next((w for w in waivers if w.limit == limit and _applies(w, row)), None)
-        if value is not None and value <= bound:
+        if exact and value <= bound:
             found.append(Verdict(limit, value, bound, "kept"))
-        elif value is not None and waiver is not None and value <= waiver.bound:
+        elif waiver is not None and value <= waiver.bound:
             found.append(Verdict(limit, value, waiver.bound, "excepted", waiver.reason))
         else:
-            why = f"trips unknown of {', '.join(row.figures.unknown)}" if value is None and row.figures.unknown else ""
-            found.append(Verdict(limit, value, bound if waiver is None else waiver.bound, "broken", why))
+            reason = "" if exact else f"at least, not knowing the trips of {', '.join(row.figures.unknown)}"
+            found.append(Verdict(limit, value, bound if waiver is None else waiver.bound, "broken", reason))
     return found
 
 
@@ -61,20 +61,20 @@ def _applies(waiver: Waiver, row: Row) -> bool:
     return waiver.program in (row.program.name, row.program.operation) and waiver.chip in (None, row.chip.name)
 
 
-def _value(limit: LimitName, figures: Figures) -> float | None:
+def _value(limit: LimitName, figures: Figures) -> tuple[float, bool]:
+    """What a limit bounds, and whether that is all of it: it is not where the trips of a loop are unknown."""
     if limit == "copies":
-        return len(figures.copies)
+        return len(figures.copies), True
     if limit == "temporaries":
-        return figures.temporaries / figures.cache_bytes
+        return figures.temporaries / figures.cache_bytes, True
     if limit == "unaliased":
-        return max(0.0, 1 - figures.aliased / figures.donated)
-    if figures.unknown:
-        return None
+        return max(0.0, 1 - figures.aliased / figures.donated), True
+    exact = not figures.unknown
     if limit == "bundles_per_token":
-        return None if figures.tokens is None else figures.bundles / figures.tokens
+        return figures.bundles / (figures.tokens or math.nan), exact
     if limit == "select":
-        return None if figures.attention_us is None else static_us(figures) / figures.attention_us
-    return ratio(figures)
+        return static_us(figures) / (figures.attention_us or math.nan), exact
+    return ratio(figures), exact
 
 
 def static_us(figures: Figures) -> float:

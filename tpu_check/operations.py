@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from recycled_jax.config import LlamaConfig
 from tpu_check.chips import Chip
-from tpu_check.programs import BUDGET, TOKENS, Built, Program, array, nbytes
+from tpu_check.programs import BUDGET, TOKENS, Built, LimitName, Program, array, nbytes
 
 _LAYERS = 2
 _PAGE = 16  # tokens; Quest's page size
 _CHUNK = 64  # tokens
 _PREFILL = 512  # tokens of a chunk of a prompt
 _TRAINED = 8_192  # tokens of a training sequence
-_STREAMING = {"ratio": 1.25}
+_STREAMING: dict[LimitName, float] = {"ratio": 1.25}
 
 
 def operations() -> Iterator[Program]:

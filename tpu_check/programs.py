@@ -1,7 +1,7 @@
 """What a program to be checked is, and the models and shapes they are checked at."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -16,21 +16,34 @@ TOKENS = 131_072  # slots of the cache, all in use as far as floors are concerne
 BUDGET = 4_096  # slots of a selection
 DTYPE = jnp.bfloat16
 
-MODELS = {
-    name: LlamaConfig(
-        vocab=128_256,
-        query_heads=32,
-        kv_heads=8,
-        rope_theta=500_000.0,
-        max_length=TOKENS,
-        rope_scaling=Llama3Rope(factor, 1.0, 4.0, 8192),
-        eos_ids=(128_001, 128_008, 128_009),
-        **sizes,
-    )
-    for name, factor, sizes in (
-        ("8B", 8.0, {"embed": 4096, "mlp": 14_336, "layers": 32, "head_dim": 128}),
-        ("1B", 32.0, {"embed": 2048, "mlp": 8192, "layers": 16, "head_dim": 64, "tie_embeddings": True}),
-    )
+_LLAMA_8B = LlamaConfig(
+    vocab=128_256,
+    embed=4096,
+    mlp=14_336,
+    layers=32,
+    query_heads=32,
+    kv_heads=8,
+    head_dim=128,
+    rope_theta=500_000.0,
+    rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192),
+    max_length=TOKENS,
+    eos_ids=(128_001, 128_008, 128_009),
+)
+_LLAMA_1B = replace(
+    _LLAMA_8B,
+    embed=2048,
+    mlp=8192,
+    layers=16,
+    head_dim=64,
+    rope_scaling=Llama3Rope(32.0, 1.0, 4.0, 8192),
+    tie_embeddings=True,
+)
+MODELS = {"8B": _LLAMA_8B, "1B": _LLAMA_1B}  # Llama-3.1-8B and Llama-3.2-1B
+
+# What the dump does not tell (`bundles.cost`), by the name of the kernel. All slots are in use.
+TRIPS: Mapping[str, Sequence[float]] = {
+    # with scores: after a row's last block, two passes over its logits, block by block
+    "decode_attention": (1, 1),
 }
 
 # ratio: static time over floor. select: static time over the floor of the decode attention that it is to spare.
@@ -61,8 +74,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Program:
-    """One row of the report for each chip. `trips` gives the trip counts of loops that the dump does not tell: by the
-    kernel's name, then by the loop's number in it (`bundles.cost`). `short`: part of the short form."""
+    """One row of the report for each chip. `short`: part of the short form."""
 
     operation: str
     model: str
@@ -70,7 +82,6 @@ class Program:
     what: str  # what sets it apart from others of the same operation
     build: Callable[[Chip, LlamaConfig, int], Built]
     limits: Mapping[LimitName, float] = field(default_factory=dict)
-    trips: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     short: bool = False
 
     @property

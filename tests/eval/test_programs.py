@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from eval.kernels import kernels
 from eval.retrieval import evaluate, table
 from eval.speed import speed
 from tests.recycled_jax.tiny import save_tiny
@@ -54,3 +55,17 @@ def test_speed_puts_floor_and_dense_beside_every_step(model, tmp_path):
     assert cells["recycled_step"]["kv_bytes"] == 2 * 2 * 8 * 4 * 2 * 16
     assert cells["recycled_step"]["kv_bytes"] < cells["recycled_score_only"]["kv_bytes"] < cells["recycled"]["kv_bytes"]
     assert cells["recycled"]["kv_bytes"] < cells["full"]["kv_bytes"] < cells["refresh_step"]["kv_bytes"]
+
+
+def test_kernels_put_a_copy_beside_every_operation(tmp_path):
+    out = tmp_path / "out.json"
+    kernels(out, tokens=[512], kv_heads=2, group=2, head_dim=16, k=32, dtype="float32", calls=2)
+    result = json.loads(out.read_text())
+    cells = {cell["operation"]: cell for cell in result["cells"]}
+    assert cells["decode_attention"]["bytes"] == 2 * 512 * 2 * 16 * 4  # k and v of 512 tokens, 2 heads of 16 floats
+    assert cells["token_scores"]["bytes"] == 512 * 2 * 16 * 4 + 512 * 2 * 4  # k, and a score per head
+    assert cells["selection_attention"]["bytes"] == 2 * 32 * 2 * 16 * 4
+    assert all(
+        cell["share_of_copy"] == pytest.approx(cell["bytes_per_second"] / result["copy_bytes_per_second"])
+        for cell in cells.values()
+    )

@@ -1,5 +1,8 @@
 """The model that ships with the package."""
 
+import pytest
+
+from pallas_kernels import TokenMajor, interpreted
 from recycled_jax.commands.loading import EMBEDDED, Checkpoint
 from recycled_jax.generate import generate, read
 from recycled_jax.policies import make_policy
@@ -25,3 +28,21 @@ def test_embedded_model_answers_with_and_without_recycling():
         right[name] = sum(score(*pair) for pair in zip(questions, answers, strict=True))
     assert right["full"] == right["recycled"] == 4
     assert right["streaming"] <= 2
+
+
+@pytest.mark.parametrize(("policy", "knobs"), [("full", {}), ("recycled", {"k": 48, "stride": 3})])
+def test_embedded_model_decodes_through_the_tpu_kernels(policy, knobs):
+    """Prefill, refreshes and recycled steps, every operation as its TPU kernel in the interpreter: the same tokens."""
+    checkpoint = Checkpoint.find(None)
+    model, params = checkpoint.load("float32")
+    examples = [make_example(TASKS["single"], length=n, seed=5, index=0, encode=checkpoint.text.encode) for n in (64, 90)]
+    prompts = [checkpoint.text.encode(example.prompt) for example in examples]
+    tokens = {}
+    for implementation in (None, "pallas_tpu"):
+        options = {"max_new_tokens": 8, "implementation": implementation}
+        with interpreted():
+            prefilled = read(model, params, prompts, chunk=64, **options)
+            done = generate(model, params, prefilled, policy=make_policy(policy, **knobs), **options)
+        assert isinstance(prefilled.cache, TokenMajor) == (implementation == "pallas_tpu")
+        tokens[implementation] = done.tokens
+    assert tokens[None] == tokens["pallas_tpu"]

@@ -4,11 +4,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.checks import check_sequences
-from pallas_kernels.ops.causal_attention import reference, xla
+from pallas_kernels.ops.causal_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.causal_attention,
     "xla": xla.causal_attention,
+    "pallas_tpu": pallas_tpu.causal_attention,
 }
 
 
@@ -24,7 +25,8 @@ def causal_attention(
 
     Padding at the end of a row cannot be seen by the tokens before it, so ragged rows need no lengths; what
     comes out at padding is to be ignored. Memory beside arguments and result: a sixteenth of the tokens x
-    tokens logits at a time in `xla`, forward and backward; all of them in `reference`.
+    tokens logits at a time in `xla`, forward and backward; all of them in `reference`; none in `pallas_tpu`, which is
+    JAX's splash attention and keeps 512 bytes per query head and token for the backward pass.
 
     Args:
         q, k, v: the whole sequence.

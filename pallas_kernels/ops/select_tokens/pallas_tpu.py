@@ -1,11 +1,11 @@
 """select_tokens on TPU: no sort over the tokens, only over the chosen where order is asked for."""
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.ops.select_tokens.strengths import NO_TURN, candidates, strengths, turns, with_kept
 from pallas_kernels.ops.select_tokens.tpu_compact import MAX_SLOTS, slots_of_bits
+from pallas_kernels.ops.select_tokens.tpu_sort import weakest_first
 from pallas_kernels.ops.select_tokens.tpu_threshold import chosen_bits
 
 
@@ -55,12 +55,7 @@ def _weakest_first(
         return jnp.zeros((batch, heads, m), jnp.int32)
     rows = strength.reshape(batch * heads, tokens)
     bits = chosen_bits(rows, begin, jnp.repeat(end, heads), m)
-    slots = slots_of_bits(bits, m)[: batch * heads].reshape(batch, heads, m)
-    if not ordered:
-        return slots
-    # Empty entries first: their key is a slot above all others, with the lowest strength or as low as one.
-    lowest = -jnp.inf if jnp.issubdtype(strength.dtype, jnp.floating) else jnp.iinfo(strength.dtype).min
-    strength_of = jnp.take_along_axis(strength, jnp.maximum(slots, 0), axis=-1)
-    strength_of = jnp.where(slots < 0, lowest, jnp.where(strength_of == 0, 0, strength_of))
-    _, _, ascending = lax.sort((strength_of, jnp.where(slots < 0, -tokens, -slots), slots), num_keys=2)
-    return ascending
+    slots = slots_of_bits(bits, m)
+    if ordered:
+        slots = weakest_first(rows, slots)
+    return slots[: batch * heads].reshape(batch, heads, m)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 WORD = 32  # bits
 LANES = 128
 SUBLANES = 8
-CHUNK = 8  # vector registers worked on at once
+CHUNK = 16  # vector registers worked on at once
 # A number of a word and a place in the list share an int32: 13 and 18 bits.
 PLACE_BITS = 18
 MAX_SLOTS = 1 << PLACE_BITS
@@ -31,9 +31,10 @@ def slots_of_bits(words: Int[Array, "blocks groups 8 128"], m: int) -> Int[Array
 
     No row has more than m. The rows are all of the blocks.
     """
+    words = jnp.pad(words, ((0, 0), (0, -words.shape[1] % CHUNK), (0, 0), (0, 0)))
     blocks, groups = words.shape[:2]
     places = pl.cdiv(m, LANES * CHUNK) * CHUNK
-    room = CHUNK + max(pl.cdiv(groups, CHUNK) * CHUNK, places) + CHUNK
+    room = CHUNK + max(groups, places) + CHUNK
     slots = pl.pallas_call(
         functools.partial(_kernel, m=m),
         grid=(blocks,),
@@ -52,7 +53,6 @@ def slots_of_bits(words: Int[Array, "blocks groups 8 128"], m: int) -> Int[Array
 
 def _kernel(words_ref, slots_ref, word_ref, way_ref, *, m):
     groups, places = words_ref.shape[0], slots_ref.shape[1] // LANES
-    used = pl.cdiv(groups, CHUNK) * CHUNK
 
     @pl.loop(0, word_ref.shape[0] // CHUNK)
     def _(chunk):
@@ -60,48 +60,87 @@ def _kernel(words_ref, slots_ref, word_ref, way_ref, *, m):
         way_ref[pl.ds(chunk * CHUNK, CHUNK)] = jnp.zeros((CHUNK, SUBLANES, LANES), jnp.int32)
 
     total = _set_out(words_ref, word_ref, way_ref)
-    for bit in range((groups * LANES - 1).bit_length()):
-        _move_left(word_ref, way_ref, 1 << bit, PLACE_BITS + bit, used)
+    by_lanes = LANES.bit_length() - 1
+
+    @pl.loop(0, by_lanes)
+    def _(bit):
+        _left_by_lanes(word_ref, way_ref, 1 << bit, PLACE_BITS + bit, groups)
+
+    @pl.loop(0, (groups - 1).bit_length())
+    def _(bit):
+        _left_by_registers(word_ref, way_ref, 1 << bit, PLACE_BITS + by_lanes + bit, groups)
+
     _turn_round(word_ref, way_ref, places)
-    for bit in reversed(range((m - 1).bit_length())):
-        _move_right(word_ref, way_ref, 1 << bit, bit, places)
+    register_bits = max((m - 1).bit_length() - by_lanes, 0)
+
+    @pl.loop(0, register_bits)
+    def _(step):
+        bit = register_bits - 1 - step
+        _right_by_registers(word_ref, way_ref, 1 << bit, by_lanes + bit, places)
+
+    @pl.loop(0, by_lanes)
+    def _(step):
+        bit = by_lanes - 1 - step
+        _right_by_lanes(word_ref, way_ref, 1 << bit, bit, places)
+
     _number(word_ref, way_ref, places)
-    for bit in range(5):
+
+    @pl.loop(0, WORD.bit_length() - 1)
+    def _(bit):
         _fill(word_ref, way_ref, 1 << bit, places)
 
-    @pl.loop(0, places)
-    def _(place):
-        entry = place * LANES + lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-        way = way_ref[CHUNK + place]
-        bit = _nth_bit(word_ref[CHUNK + place], entry - (way & (MAX_SLOTS - 1)))
+    @pl.loop(0, places // CHUNK)
+    def _(chunk):
+        here = pl.ds(CHUNK + chunk * CHUNK, CHUNK)
+        way, entry = way_ref[here], _entry(chunk)
+        bit = _nth_bit(word_ref[here], entry - (way & (MAX_SLOTS - 1)))
         number = way >> PLACE_BITS
         slot = (number >> 7) * (WORD * LANES) + bit * LANES + (number & (LANES - 1))
-        slots_ref[:, pl.ds(pl.multiple_of(place * LANES, LANES), LANES)] = jnp.where(entry < total, slot, -1)
+        slot = jnp.where(entry < total[None], slot, -1)
+        for i in range(CHUNK):
+            slots_ref[:, pl.ds(pl.multiple_of((chunk * CHUNK + i) * LANES, LANES), LANES)] = slot[i]
+
+
+def _entry(chunk: Int[Array, ""]) -> Int[Array, "chunk 8 128"]:
+    """The places of a chunk, as entries of the list."""
+    shape = (CHUNK, SUBLANES, LANES)
+    return (chunk * CHUNK + lax.broadcasted_iota(jnp.int32, shape, 0)) * LANES + lax.broadcasted_iota(
+        jnp.int32, shape, 2
+    )
 
 
 def _set_out(words_ref, word_ref, way_ref):
     """Words, and for those not empty the number of empty words before them (high) and of set bits (low)."""
-    before = (
-        lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0) < lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
-    ).astype(jnp.bfloat16)
+    before = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0) < lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
     # Small whole numbers: exact in bfloat16, and their sums in float32.
-    ones = jnp.ones((LANES, LANES), jnp.bfloat16)
+    before, all_lanes = before.astype(jnp.bfloat16), jnp.ones((LANES, LANES), jnp.bfloat16)
 
-    def step(group, carry):
-        word = words_ref[group]
-        bits, empty = lax.population_count(word), (word == 0).astype(jnp.int32)
-        both = jnp.concatenate([bits, empty]).astype(jnp.float32).astype(jnp.bfloat16)
-        prefix = jnp.dot(both, before, preferred_element_type=jnp.float32).astype(jnp.int32) + carry
-        word_ref[CHUNK + group] = word
-        way_ref[CHUNK + group] = jnp.where(word == 0, 0, prefix[:SUBLANES] | (prefix[SUBLANES:] << PLACE_BITS))
-        return carry + jnp.dot(both, ones, preferred_element_type=jnp.float32).astype(jnp.int32)
+    def step(chunk, carry):
+        word = words_ref[pl.ds(chunk * CHUNK, CHUNK)]
+        counts = jnp.concatenate([lax.population_count(word), (word == 0).astype(jnp.int32)], axis=1)
+        counts = counts.astype(jnp.float32).astype(jnp.bfloat16).reshape(CHUNK * 2 * SUBLANES, LANES)
+        prefixes = jnp.dot(counts, before, preferred_element_type=jnp.float32).reshape(CHUNK, 2 * SUBLANES, LANES)
+        totals = jnp.dot(counts, all_lanes, preferred_element_type=jnp.float32).reshape(CHUNK, 2 * SUBLANES, LANES)
+        for i in range(CHUNK):
+            prefix = (carry + prefixes[i]).astype(jnp.int32)
+            carry += totals[i]
+            way = prefix[:SUBLANES] | (prefix[SUBLANES:] << PLACE_BITS)
+            word_ref[CHUNK + chunk * CHUNK + i] = word[i]
+            way_ref[CHUNK + chunk * CHUNK + i] = jnp.where(word[i] == 0, 0, way)
+        return carry
 
-    carry = lax.fori_loop(0, words_ref.shape[0], step, jnp.zeros((2 * SUBLANES, LANES), jnp.int32))
-    return carry[:SUBLANES]
+    chunks = words_ref.shape[0] // CHUNK
+    carry = lax.fori_loop(0, chunks, step, jnp.zeros((2 * SUBLANES, LANES), jnp.float32))
+    return carry[:SUBLANES].astype(jnp.int32)
 
 
 def _lane() -> Int[Array, "1 8 128"]:
     return lax.broadcasted_iota(jnp.int32, (1, SUBLANES, LANES), 2)
+
+
+def _roll(x: Int[Array, "registers 8 128"], lanes: int | Int[Array, ""]) -> Int[Array, "registers 8 128"]:
+    """To the right, every register for itself."""
+    return pltpu.roll(x, lanes, 2)
 
 
 def _moving(word, way, bit):
@@ -109,69 +148,67 @@ def _moving(word, way, bit):
     return (jnp.where(moves, word, 0), jnp.where(moves, way, 0)), (jnp.where(moves, 0, word), jnp.where(moves, 0, way))
 
 
-def _move_left(word_ref, way_ref, distance, bit, used):
-    registers, lanes = divmod(distance, LANES)
-
+def _left_by_lanes(word_ref, way_ref, lanes, bit, used):
     @pl.loop(0, used // CHUNK)
     def _(chunk):
         at = CHUNK + chunk * CHUNK
-        if lanes:
-            source = pl.ds(at, CHUNK + 1)
-            moving, staying = _moving(word_ref[source], way_ref[source], bit)
-            rolled = [pltpu.roll(x, LANES - lanes, 2) for x in moving]
-            arriving = [jnp.where(_lane() < LANES - lanes, x[:-1], x[1:]) for x in rolled]
-            staying = [x[:-1] for x in staying]
-        else:
-            here = pl.ds(at, CHUNK)
-            _, staying = _moving(word_ref[here], way_ref[here], bit)
-            source = pl.ds(jnp.minimum(at + registers, CHUNK + used), CHUNK)
-            arriving, _ = _moving(word_ref[source], way_ref[source], bit)
-        word_ref[pl.ds(at, CHUNK)] = staying[0] | arriving[0]
-        way_ref[pl.ds(at, CHUNK)] = staying[1] | arriving[1]
+        moving, staying = _moving(word_ref[pl.ds(at, CHUNK + 1)], way_ref[pl.ds(at, CHUNK + 1)], bit)
+        for ref, moves, stays in zip((word_ref, way_ref), moving, staying, strict=True):
+            rolled = _roll(moves, LANES - lanes)
+            ref[pl.ds(at, CHUNK)] = stays[:-1] | jnp.where(_lane() < LANES - lanes, rolled[:-1], rolled[1:])
+
+
+def _left_by_registers(word_ref, way_ref, registers, bit, used):
+    @pl.loop(0, used // CHUNK)
+    def _(chunk):
+        at = CHUNK + chunk * CHUNK
+        _, staying = _moving(word_ref[pl.ds(at, CHUNK)], way_ref[pl.ds(at, CHUNK)], bit)
+        source = pl.ds(jnp.minimum(at + registers, CHUNK + used), CHUNK)  # there is nothing behind
+        moving, _ = _moving(word_ref[source], way_ref[source], bit)
+        for ref, moves, stays in zip((word_ref, way_ref), moving, staying, strict=True):
+            ref[pl.ds(at, CHUNK)] = stays | moves
 
 
 def _turn_round(word_ref, way_ref, places):
     """A word is now where it would be if all had one bit: on its way from here to the right it keeps its number."""
 
-    @pl.loop(0, places)
-    def _(place):
-        here = place * LANES + lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-        way = way_ref[CHUNK + place]
+    @pl.loop(0, places // CHUNK)
+    def _(chunk):
+        at, here = pl.ds(CHUNK + chunk * CHUNK, CHUNK), _entry(chunk)
+        way = way_ref[at]
         number, goal = here + (way >> PLACE_BITS), way & (MAX_SLOTS - 1)
-        empty = word_ref[CHUNK + place] == 0
-        way_ref[CHUNK + place] = jnp.where(empty, 0, (goal - here) | (number << PLACE_BITS))
+        way_ref[at] = jnp.where(word_ref[at] == 0, 0, (goal - here) | (number << PLACE_BITS))
 
 
-def _move_right(word_ref, way_ref, distance, bit, places):
-    registers, lanes = divmod(distance, LANES)
-
+def _right_by_lanes(word_ref, way_ref, lanes, bit, places):
     @pl.loop(0, places // CHUNK)
     def _(chunk):
         at = places - chunk * CHUNK
-        if lanes:
-            source = pl.ds(at - 1, CHUNK + 1)
-            moving, staying = _moving(word_ref[source], way_ref[source], bit)
-            rolled = [pltpu.roll(x, lanes, 2) for x in moving]
-            arriving = [jnp.where(_lane() >= lanes, x[1:], x[:-1]) for x in rolled]
-            staying = [x[1:] for x in staying]
-        else:
-            here = pl.ds(at, CHUNK)
-            _, staying = _moving(word_ref[here], way_ref[here], bit)
-            source = pl.ds(jnp.maximum(at - registers, 0), CHUNK)
-            arriving, _ = _moving(word_ref[source], way_ref[source], bit)
-        word_ref[pl.ds(at, CHUNK)] = staying[0] | arriving[0]
-        way_ref[pl.ds(at, CHUNK)] = staying[1] | arriving[1]
+        moving, staying = _moving(word_ref[pl.ds(at - 1, CHUNK + 1)], way_ref[pl.ds(at - 1, CHUNK + 1)], bit)
+        for ref, moves, stays in zip((word_ref, way_ref), moving, staying, strict=True):
+            rolled = _roll(moves, lanes)
+            ref[pl.ds(at, CHUNK)] = stays[1:] | jnp.where(_lane() >= lanes, rolled[1:], rolled[:-1])
+
+
+def _right_by_registers(word_ref, way_ref, registers, bit, places):
+    @pl.loop(0, places // CHUNK)
+    def _(chunk):
+        at = places - chunk * CHUNK
+        _, staying = _moving(word_ref[pl.ds(at, CHUNK)], way_ref[pl.ds(at, CHUNK)], bit)
+        source = pl.ds(jnp.maximum(at - registers, 0), CHUNK)  # there is nothing before
+        moving, _ = _moving(word_ref[source], way_ref[source], bit)
+        for ref, moves, stays in zip((word_ref, way_ref), moving, staying, strict=True):
+            ref[pl.ds(at, CHUNK)] = stays | moves
 
 
 def _number(word_ref, way_ref, places):
     """All words have arrived: what remains to be known is where each one's entries begin, and its number."""
 
-    @pl.loop(0, places)
-    def _(place):
-        here = place * LANES + lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-        number = way_ref[CHUNK + place] >> PLACE_BITS
-        empty = word_ref[CHUNK + place] == 0
-        way_ref[CHUNK + place] = jnp.where(empty, 0, here | (number << PLACE_BITS))
+    @pl.loop(0, places // CHUNK)
+    def _(chunk):
+        at = pl.ds(CHUNK + chunk * CHUNK, CHUNK)
+        way = _entry(chunk) | (way_ref[at] >> PLACE_BITS << PLACE_BITS)
+        way_ref[at] = jnp.where(word_ref[at] == 0, 0, way)
 
 
 def _fill(word_ref, way_ref, distance, places):
@@ -184,12 +221,12 @@ def _fill(word_ref, way_ref, distance, places):
         word, way = word_ref[source], way_ref[source]
         empty = word[1:] == 0
         for ref, x in ((word_ref, word), (way_ref, way)):
-            rolled = pltpu.roll(x, distance, 2)
+            rolled = _roll(x, distance)
             before = jnp.where(_lane() >= distance, rolled[1:], rolled[:-1])
             ref[pl.ds(at, CHUNK)] = jnp.where(empty, before, x[1:])
 
 
-def _nth_bit(word: Int[Array, "8 128"], n: Int[Array, "8 128"]) -> Int[Array, "8 128"]:
+def _nth_bit(word: Int[Array, "chunk 8 128"], n: Int[Array, "chunk 8 128"]) -> Int[Array, "chunk 8 128"]:
     """Where bit number n of those that are set stands, both counted from 0: halving, by the count in the low half."""
     position = jnp.zeros_like(word)
     for half in (16, 8, 4, 2, 1):

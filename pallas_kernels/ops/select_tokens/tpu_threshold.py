@@ -1,11 +1,12 @@
 """First kernel of select_tokens on TPU: which slots are chosen, as one bit per slot.
 
-The m strongest of a row are found by radix selection, one bit of the key at a time and from the highest: of the
-slots still in question, those with a 1 are either too many, and the others drop out, or all chosen, and the
-search goes on among the others. Counting in 32-bit keys would touch every key 32 times. So the keys are first
-turned into bit planes: a word of plane p holds bit p of 32 keys, and a step of the search is a few logical
-operations and a population count on a 32nd of the data. Equal keys are told apart in the same way by the bits of
-the slot's number, inverted as the lower slot goes first; those planes are known without any memory.
+The m strongest of a row are found by radix selection, digit by digit of the key, the highest first: of the slots
+still open, the larger digits are chosen as long as there is need for all of them, the digit with which there would
+be too many stays open, and the smaller ones are out. Counting in 32-bit keys would touch every key at every digit.
+So the keys are first turned into bit planes: a word of plane p holds bit p of 32 keys, and the search is a few
+logical operations and population counts on a 32nd of the data. Digits have two bits, because a sum over lanes
+takes as long as the counting. Equal keys are told apart by more planes below: the bits of the slot's number, inverted
+as the lower slot goes first.
 
 Slots stand in groups of 4096: `slot = 4096 group + 128 bit + lane`, so that the 32 vector registers of a group
 become the 32 words of its planes. A row takes one sublane, or `split` of them if there are fewer than 8 rows;
@@ -19,19 +20,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 WORD = 32  # bits
 LANES = 128
 SUBLANES = 8
 GROUP = WORD * LANES  # slots
-# Bit i of constant b is bit b of i.
-BITS_OF_BIT = tuple(
-    int.from_bytes(sum(((i >> b) & 1) << i for i in range(WORD)).to_bytes(4, "little"), "little", signed=True)
-    if False
-    else (lambda x: x - (1 << 32) if x >> 31 else x)(sum(((i >> b) & 1) << i for i in range(WORD)))
-    for b in range(5)
-)
+CHUNK = 8  # groups worked on at once
+# In every run of 2^(b+1) bits the lower 2^b: where bit b of a bit's number is 0.
+LOWER_BITS = (0x55555555, 0x33333333, 0x0F0F0F0F, 0x00FF00FF, 0x0000FFFF)
 
 
 def chosen_bits(
@@ -49,6 +46,8 @@ def chosen_bits(
     while 2 * split * rows <= SUBLANES and 2 * split * GROUP <= tokens:
         split *= 2
     groups = pl.cdiv(tokens, GROUP * split)
+    step = min(CHUNK, groups)  # groups per grid step
+    groups = pl.cdiv(groups, step) * step
     blocks = pl.cdiv(rows * split, SUBLANES)
     row_padding = blocks * SUBLANES // split - rows
     token_padding = groups * GROUP * split - tokens if split > 1 else 0
@@ -58,7 +57,8 @@ def chosen_bits(
     end = jnp.repeat(jnp.pad(end.astype(jnp.int32), (0, row_padding)), split)
     end = jnp.broadcast_to(end[:, None], (blocks * SUBLANES, LANES))
 
-    step = next(size for size in (4, 2, 1) if groups % size == 0)  # groups per grid step
+    slot_bits = 12 + (groups * split - 1).bit_length()
+    slot_planes = slot_bits + slot_bits % 2
     words = pl.pallas_call(
         functools.partial(_kernel, begin=begin, m=m, split=split, step=step),
         grid=(blocks, groups // step),
@@ -69,7 +69,7 @@ def chosen_bits(
         out_specs=pl.BlockSpec((None, groups, SUBLANES, LANES), lambda block, i: (block, 0, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((blocks, groups, SUBLANES, LANES), jnp.int32),
         scratch_shapes=[
-            pltpu.VMEM((WORD, groups, SUBLANES, LANES), jnp.int32),
+            pltpu.VMEM((slot_planes + WORD, groups, SUBLANES, LANES), jnp.int32),
             pltpu.VMEM((groups, SUBLANES, LANES), jnp.int32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -93,96 +93,136 @@ def _kernel(end_ref, keys_ref, words_ref, planes_ref, open_ref, *, begin, m, spl
 
     @pl.loop(0, step)
     def _(group):
-        keys = [keys_ref[:, pl.ds(pl.multiple_of(group * GROUP + bit * LANES, LANES), LANES)] for bit in range(WORD)]
-        planes_ref[:, i * step + group] = _planes(_sortable(jnp.stack(keys)))
+        keys = keys_ref[:, pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)]
+        keys = jnp.stack([keys[:, bit * LANES : (bit + 1) * LANES] for bit in range(WORD)])
+        planes = _planes(sortable(keys))
+        highest = planes_ref.shape[0] - 1
+        planes_ref[pl.ds(highest + 1 - WORD, WORD - 1), i * step + group] = planes[: WORD - 1]
+        planes_ref[highest, i * step + group] = ~planes[WORD - 1]  # of the signs, the negative one is the smaller
 
     @pl.when(i == pl.num_programs(1) - 1)
     def _():
         _search(end_ref, words_ref, planes_ref, open_ref, begin=begin, m=m, split=split)
 
 
-def _sortable(keys: jax.Array) -> jax.Array:
-    """int32 whose order without sign is the order of the keys."""
-    lowest = jnp.int32(-(2**31))
+def sortable(keys: jax.Array) -> jax.Array:
+    """int32 in the order of the keys. Floats are a sign and a magnitude: -0.0 and 0.0 are equal."""
     if keys.dtype == jnp.int32:
-        return keys ^ lowest
-    # -0.0 and 0.0 are equal.
-    bits = lax.bitcast_convert_type(jnp.where(keys == 0, 0.0, keys), jnp.int32)
-    return bits ^ ((bits >> 31) | lowest)
+        return keys
+    bits = lax.bitcast_convert_type(keys, jnp.int32)
+    return jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)
 
 
 def _planes(words: Int[Array, "32 8 128"]) -> Int[Array, "32 8 128"]:
     """Transposes bits: bit i of result p is bit p of word i. Five rounds of swapping blocks off the diagonal."""
-    for size, low in ((16, 0x0000FFFF), (8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+    for b in reversed(range(5)):
+        size = 1 << b
         pairs = words.reshape(WORD // (2 * size), 2, size, *words.shape[1:])
         upper, lower = pairs[:, 0], pairs[:, 1]
-        difference = ((upper >> size) ^ lower) & low
+        difference = ((upper >> size) ^ lower) & LOWER_BITS[b]
         words = jnp.stack([upper ^ (difference << size), lower ^ difference], axis=1).reshape(words.shape)
     return words
 
 
 def _search(end_ref, words_ref, planes_ref, open_ref, *, begin, m, split):
-    groups = words_ref.shape[0]
-    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-    first_group = (sublane & (split - 1)) * groups
-    end = end_ref[...]
+    groups, slot_planes = words_ref.shape[0], planes_ref.shape[0] - WORD
+    chunk = min(CHUNK, groups)
+    shape = (chunk, SUBLANES, LANES)
+    lane = lax.broadcasted_iota(jnp.int32, shape, 2)
+    first_group = (lax.broadcasted_iota(jnp.int32, shape, 1) & (split - 1)) * groups
 
-    @pl.loop(0, groups)
-    def _(group):
-        base = (first_group + group) * GROUP + lane
-        open_ref[group] = _bits_below(end - base) & ~_bits_below(begin - base)
-        words_ref[group] = jnp.zeros((SUBLANES, LANES), jnp.int32)
+    def number(at):
+        """Of the groups of a chunk."""
+        return first_group + at * chunk + lax.broadcasted_iota(jnp.int32, shape, 0)
 
-    def decide(plane, need):
-        """One step: `plane(group)` splits the slots in question."""
+    def part(at):
+        return pl.ds(pl.multiple_of(at * chunk, chunk), chunk)
 
-        def count(group, total):
-            return total + lax.population_count(open_ref[group] & plane(group))
+    def digit(p):
+        return lambda at: (planes_ref[p + 1, part(at)], planes_ref[p, part(at)])
 
-        ones = _row_sum(lax.fori_loop(0, groups, count, jnp.zeros((SUBLANES, LANES), jnp.int32)), split)
-        too_many = ones >= need
+    def slot_plane(b, at):
+        """Inverted bit b of the slots' numbers: first those of the lane, then of the bit, then of the group."""
+        if b < 7:
+            return (lane >> b & 1) - 1
+        if b < 12:
+            return jnp.full(shape, LOWER_BITS[b - 7], jnp.int32)
+        return (number(at) >> (b - 12) & 1) - 1
 
-        @pl.loop(0, groups)
-        def _(group):
-            still, word = open_ref[group], plane(group)
-            words_ref[group] |= jnp.where(too_many, 0, still & word)
-            open_ref[group] = still & jnp.where(too_many, word, ~word)
+    def count(still, digit):
+        """How many have a digit of at least 3, 2, 1."""
+        high, low = still & digit[0], still & digit[1]
+        return jnp.stack([jnp.sum(lax.population_count(x), axis=0) for x in (high & low, high, high | low)])
 
-        return jnp.where(too_many, need, need - ones)
+    def begin_with(highest):
+        def step(at, totals):
+            base = number(at) * GROUP + lane
+            still = _bits_below(end_ref[...][None] - base) & ~_bits_below(begin - base)
+            words_ref[part(at)] = jnp.zeros(shape, jnp.int32)
+            open_ref[part(at)] = still
+            for b in range(slot_planes):
+                planes_ref[b, part(at)] = slot_plane(b, at)
+            return totals + count(still, highest(at))
 
-    need = jnp.full((SUBLANES, LANES), m, jnp.int32)
-    need = lax.fori_loop(0, WORD, lambda p, need: decide(lambda group: planes_ref[WORD - 1 - p, group], need), need)
+        return lax.fori_loop(0, groups // chunk, step, no_count)
 
-    # Equal keys: by the slot's number, group, then bit, then lane.
-    for b in reversed(range(max(groups * split - 1, 0).bit_length())):
-        need = decide(lambda group, b=b: ((first_group + group) >> b & 1) - 1, need)
-    for b in reversed(range(5)):
-        need = decide(lambda group, b=b: jnp.full((SUBLANES, LANES), ~BITS_OF_BIT[b], jnp.int32), need)
-    for b in reversed(range(7)):
-        need = decide(lambda group, b=b: (lane >> b & 1) - 1, need)
+    def settle(totals, need, present, following):
+        """Decides by the counts of one digit, and counts the following one."""
+        totals = _row_sums(totals, split)
+        enough = [_enough(total, need) for total in totals]
+        high_is_0 = jnp.where(enough[1], 0, -1)
+        low_is_0 = jnp.where(enough[0], 0, jnp.where(enough[1], -1, jnp.where(enough[2], 0, -1)))
+        chosen = [jnp.where(x, 0.0, total) for x, total in zip(enough, totals, strict=True)]
+        need -= jnp.maximum(jnp.maximum(chosen[0], chosen[1]), chosen[2])
 
-    # What is left in question is one slot per row, the last one needed, or none.
-    @pl.loop(0, groups)
-    def _(group):
-        words_ref[group] |= open_ref[group]
+        def step(at, totals):
+            high, low = present(at)
+            still = open_ref[part(at)]
+            larger = (high & high_is_0[None]) | (low & low_is_0[None] & (high | high_is_0[None]))
+            equal = still & (high ^ high_is_0[None]) & (low ^ low_is_0[None])
+            words_ref[part(at)] |= still & larger
+            open_ref[part(at)] = equal
+            return totals if following is None else totals + count(equal, following(at))
+
+        return lax.fori_loop(0, groups // chunk, step, no_count), need
+
+    no_count = jnp.zeros((3, SUBLANES, LANES), jnp.int32)
+    planes = planes_ref.shape[0]
+    totals = begin_with(digit(planes - 2))
+    need = jnp.full((SUBLANES, LANES), m, jnp.float32)
+
+    def step(i, carry):
+        p = planes - 2 - 2 * i
+        return settle(*carry, digit(p), digit(p - 2))
+
+    totals, need = lax.fori_loop(0, planes // 2 - 1, step, (totals, need))
+    settle(totals, need, digit(0), None)
+
+    # What is left open is one slot per row, the last one needed, or none.
+    @pl.loop(0, groups // chunk)
+    def _(at):
+        words_ref[part(at)] |= open_ref[part(at)]
 
 
-def _bits_below(distance: Int[Array, "8 128"]) -> Int[Array, "8 128"]:
+def _enough(total: Float[Array, "8 128"], need: Float[Array, "8 128"]) -> Bool[Array, "8 128"]:
+    return total >= need
+
+
+def _bits_below(distance: Int[Array, "groups 8 128"]) -> Int[Array, "groups 8 128"]:
     """The word whose bit i is set where 128 i < distance."""
     count = jnp.clip((distance + LANES - 1) >> 7, 0, WORD)
     return jnp.where(count == WORD, -1, (1 << (count & (WORD - 1))) - 1)
 
 
-def _row_sum(counts: Int[Array, "8 128"], split: int) -> Int[Array, "8 128"]:
+def _row_sums(counts: Int[Array, "n 8 128"], split: int) -> Float[Array, "n 8 128"]:
     """Sums over the lanes and the sublanes of each row, in all of them."""
-    # Counts stay below 2^24: exact in float32, in which the hardware adds over lanes.
-    total = jnp.sum(counts.astype(jnp.float32), axis=1, keepdims=True).astype(jnp.int32)
-    total = jnp.broadcast_to(total, counts.shape)
-    sublane = lax.broadcasted_iota(jnp.int32, counts.shape, 0)
+    # The hardware adds over lanes in float32, which holds counts up to 2^24.
+    totals = jnp.sum(counts.astype(jnp.float32), axis=2, keepdims=True)
+    totals = jnp.broadcast_to(totals, counts.shape)
+    sublane = lax.broadcasted_iota(jnp.int32, counts.shape, 1)
     distance = 1
     while distance < split:
-        up, down = pltpu.roll(total, distance, 0), pltpu.roll(total, SUBLANES - distance, 0)
-        total += jnp.where(sublane & distance == 0, down, up)
+        up, down = pltpu.roll(totals, distance, 1), pltpu.roll(totals, SUBLANES - distance, 1)
+        totals += jnp.where(sublane & distance == 0, down, up)
         distance *= 2
-    return total
+    return totals
