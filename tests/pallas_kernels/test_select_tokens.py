@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ops.select_tokens.api import IMPLEMENTATIONS, select_tokens
+from tests.pallas_kernels.arg_specs import jitted
 
 TOKENS = 12
 PORTABLE = ("reference", "xla")  # the kernel has a file of its own: the interpreter takes its time
@@ -80,7 +81,7 @@ def test_matches_plain_python(implementation, config):
         rows=st.lists(st.tuples(scores_of_a_row, scores_of_a_row), min_size=2, max_size=2),
         lengths=st.lists(st.integers(0, TOKENS), min_size=2, max_size=2),
     )
-    @hypothesis.settings(max_examples=50)
+    @hypothesis.settings(max_examples=30)
     def check(rows, lengths):
         scores = np.array(rows, np.float32)
         expected = [
@@ -98,15 +99,15 @@ def test_matches_plain_python(implementation, config):
 @pytest.mark.parametrize("implementation", PORTABLE)
 def test_in_any_order_the_set_is_the_same(implementation):
     scores = jnp.array([[[5, 1, 1, 9, 1, 1, 7, 8], [1, 2, 3, 4, 4, 3, 2, 1]]], jnp.float32)
-    select = functools.partial(select_tokens, scores, jnp.array([8]), k=6, sinks=1, implementation=implementation)
-    in_order, in_any_order = select(), select(ordered=False)
+    select = functools.partial(jitted, select_tokens, k=6, sinks=1, implementation=implementation)
+    in_order, in_any_order = (select(ordered=ordered)(scores, jnp.array([8])) for ordered in (True, False))
     assert jnp.sort(in_any_order[..., :4]).tolist() == jnp.sort(in_order[..., :4]).tolist()
     assert in_any_order[..., 4:].tolist() == in_order[..., 4:].tolist()
 
 
 def worked(scores, length, implementation, **options):
-    scores = jnp.array([scores], jnp.float32)
-    return select_tokens(scores, jnp.array([length]), implementation=implementation, **options)[0, 0].tolist()
+    select = jitted(select_tokens, implementation=implementation, **options)
+    return select(jnp.array([scores], jnp.float32), jnp.array([length]))[0, 0].tolist()
 
 
 @pytest.mark.parametrize("implementation", PORTABLE)

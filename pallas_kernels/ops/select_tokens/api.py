@@ -69,7 +69,7 @@ def select_tokens(
     Raises:
         ValueError: shapes do not fit; `lengths`, `k`, `pool`, `sinks`, `recent` or `recall` out of range; unknown
             `shared` or `implementation`.
-        NotImplementedError: "pallas_tpu" with more slots than it has room for.
+        NotImplementedError: "pallas_tpu" with more than 262144 tokens, 131072 candidates to choose, or `pool` of 255.
     """
     if scores.ndim != 3:
         raise ValueError(f"scores has shape {scores.shape}; expected [batch, kv_heads, tokens]")

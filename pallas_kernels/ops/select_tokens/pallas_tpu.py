@@ -3,10 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.ops.select_tokens.strengths import NO_TURN, candidates, strengths, turns, with_kept
+from pallas_kernels.ops.select_tokens.strengths import total_strength, turns, with_kept
 from pallas_kernels.ops.select_tokens.tpu_compact import MAX_SLOTS, slots_of_bits
+from pallas_kernels.ops.select_tokens.tpu_pool import MAX_POOL, pooled
 from pallas_kernels.ops.select_tokens.tpu_sort import weakest_first
 from pallas_kernels.ops.select_tokens.tpu_threshold import chosen_bits
+
+MAX_CHOSEN = MAX_SLOTS // 2  # with more, the sort would not fit the smaller chips' VMEM
 
 
 def select_tokens(
@@ -25,20 +28,25 @@ def select_tokens(
     tokens = scores.shape[-1]
     if tokens > MAX_SLOTS:
         raise NotImplementedError(f"scores has {tokens} tokens; the kernel has room for at most {MAX_SLOTS}")
-    if pool == 1 and shared in (None, "union"):
-        strength = scores.astype(jnp.float32)  # the kernel itself keeps to candidates
-    else:
-        candidate = candidates(lengths, tokens, sinks=sinks, recent=recent)
-        strength = strengths(scores, candidate, pool=pool, shared=shared)
+    if pool > MAX_POOL:
+        raise NotImplementedError(f"{pool=} is wider than the kernel's shifts reach; it takes at most {MAX_POOL} slots")
     m = min(k - sinks - recent, tokens)
+    if m > MAX_CHOSEN:
+        raise NotImplementedError(f"{k=} leaves {m} slots to choose; the kernel has room for at most {MAX_CHOSEN}")
     end = lengths.astype(jnp.int32) - recent
+    # The kernels themselves keep to candidates, sinks..end-1: what the others hold does not matter.
+    strength = scores.astype(jnp.float32)
+    if shared == "max":
+        strength = jnp.max(strength, axis=1, keepdims=True)  # before pooling, as maxima can be taken in any order
+    if pool > 1 and strength.size:
+        rows = strength.reshape(-1, tokens)
+        strength = pooled(rows, sinks, jnp.repeat(end, strength.shape[1]), pool).reshape(strength.shape)
+    if shared == "sum":
+        strength = total_strength(strength)
     chosen = _weakest_first(strength, sinks, end, m, ordered or shared == "union")
     if shared == "union":
-        turn = turns(chosen[..., ::-1], tokens)
-        # Every slot in a list is a candidate; if too few are, what fills up has no turn.
-        chosen = _weakest_first(-turn, sinks, end, m, ordered)
-        turn_of = jnp.take_along_axis(turn, jnp.maximum(chosen, 0), axis=-1)
-        chosen = jnp.where(turn_of < NO_TURN, chosen, -1)
+        # Of candidates that have no turn none is chosen: one list alone is as long as the selection.
+        chosen = _weakest_first(-turns(chosen[..., ::-1], tokens), sinks, end, m, ordered)
     return with_kept(chosen, lengths, k=k, sinks=sinks, recent=recent)
 
 

@@ -33,9 +33,14 @@ def strengths(
     if pool > 1:
         usable = lax.reduce_window(usable, -jnp.inf, lax.max, (1, 1, pool), (1, 1, 1), "SAME")
     if shared == "sum":
-        largest = jnp.finfo(jnp.float32).max
-        usable = jnp.clip(jnp.sum(usable, axis=1, keepdims=True), -largest, largest)
+        usable = total_strength(usable)
     return jnp.where(candidate, usable, -jnp.inf)
+
+
+def total_strength(strength: Float[Array, "batch kv_heads tokens"]) -> Float[Array, "batch 1 tokens"]:
+    """The sum over heads, held within the finite range, so that it is never taken for that of no candidate."""
+    largest = jnp.finfo(jnp.float32).max
+    return jnp.clip(jnp.sum(strength, axis=1, keepdims=True), -largest, largest)
 
 
 def turns(chosen: Int[Array, "batch kv_heads m"], tokens: int) -> Int[Array, "batch 1 {tokens}"]:

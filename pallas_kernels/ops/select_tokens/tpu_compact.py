@@ -97,8 +97,9 @@ def _kernel(words_ref, slots_ref, word_ref, way_ref, *, m):
         number = way >> PLACE_BITS
         slot = (number >> 7) * (WORD * LANES) + bit * LANES + (number & (LANES - 1))
         slot = jnp.where(entry < total[None], slot, -1)
-        for i in range(CHUNK):
-            slots_ref[:, pl.ds(pl.multiple_of((chunk * CHUNK + i) * LANES, LANES), LANES)] = slot[i]
+        slots_ref[:, pl.ds(pl.multiple_of(chunk * CHUNK * LANES, LANES), CHUNK * LANES)] = jnp.concatenate(
+            [slot[i] for i in range(CHUNK)], axis=1
+        )
 
 
 def _entry(chunk: Int[Array, ""]) -> Int[Array, "chunk 8 128"]:
@@ -121,12 +122,14 @@ def _set_out(words_ref, word_ref, way_ref):
         counts = counts.astype(jnp.float32).astype(jnp.bfloat16).reshape(CHUNK * 2 * SUBLANES, LANES)
         prefixes = jnp.dot(counts, before, preferred_element_type=jnp.float32).reshape(CHUNK, 2 * SUBLANES, LANES)
         totals = jnp.dot(counts, all_lanes, preferred_element_type=jnp.float32).reshape(CHUNK, 2 * SUBLANES, LANES)
+        ways = []
         for i in range(CHUNK):
             prefix = (carry + prefixes[i]).astype(jnp.int32)
             carry += totals[i]
-            way = prefix[:SUBLANES] | (prefix[SUBLANES:] << PLACE_BITS)
-            word_ref[CHUNK + chunk * CHUNK + i] = word[i]
-            way_ref[CHUNK + chunk * CHUNK + i] = jnp.where(word[i] == 0, 0, way)
+            ways.append(prefix[:SUBLANES] | (prefix[SUBLANES:] << PLACE_BITS))
+        here = pl.ds(CHUNK + chunk * CHUNK, CHUNK)
+        word_ref[here] = word
+        way_ref[here] = jnp.where(word == 0, 0, jnp.stack(ways))
         return carry
 
     chunks = words_ref.shape[0] // CHUNK

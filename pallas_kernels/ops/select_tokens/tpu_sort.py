@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.ops.select_tokens.tpu_threshold import GROUP, LANES, SUBLANES, WORD, sortable
 
-CHUNK = 8  # registers, or pairs of them, worked on at once
+CHUNK = 8  # pairs of registers worked on at once
 LOWEST = -(2**31)  # below the keys of all finite floats, and of all turns
 
 
@@ -70,9 +70,10 @@ def _kernel(unsorted_ref, keys_ref, slot_ref, key_ref, *, held):
         def _(step):
             distance_bit = stage - 1 - step
 
-            @pl.when(distance_bit < register_bits)
-            def _():
-                _compare_registers(key_ref, slot_ref, 1 << stage, 1 << distance_bit)
+            for bit in range(register_bits):
+                pl.when(distance_bit == bit)(
+                    functools.partial(_compare_registers, key_ref, slot_ref, 1 << stage, 1 << bit)
+                )
 
             @pl.when(distance_bit >= register_bits)
             def _():
@@ -105,39 +106,57 @@ def _lanes(x: jax.Array, lane: Int[Array, "8 128"]) -> jax.Array:
 
 
 def _before(
-    key: Int[Array, "8 128"], slot: Int[Array, "8 128"], other_key: Int[Array, "8 128"], other_slot: Int[Array, "8 128"]
-) -> Bool[Array, "8 128"]:
+    key: Int[Array, "*n 8 128"],
+    slot: Int[Array, "*n 8 128"],
+    other_key: Int[Array, "*n 8 128"],
+    other_slot: Int[Array, "*n 8 128"],
+) -> Bool[Array, "*n 8 128"]:
     return (key < other_key) | ((key == other_key) & (slot > other_slot))
 
 
-def _downward(registers: int, register: Int[Array, ""], size: Int[Array, ""]) -> Bool[Array, "8 128"]:
-    """Which of a register's entries belong to a run that is to be sorted the other way round."""
-    number = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1) * registers + register
-    return (number & size) != 0
+def _downward(registers: int, register: Int[Array, "*n 8 128"], size: Int[Array, ""]) -> Bool[Array, "*n 8 128"]:
+    """Which entries of these registers belong to a run that is to be sorted the other way round."""
+    lane = lax.broadcasted_iota(jnp.int32, register.shape, register.ndim - 1)
+    return ((lane * registers + register) & size) != 0
 
 
-def _compare_registers(key_ref, slot_ref, size, distance):
+def _compare_registers(key_ref, slot_ref, size, distance: int):
     registers = key_ref.shape[0]
-    together = min(CHUNK, registers // 2)
+    together = min(CHUNK, registers // 2)  # pairs
+    apart = distance >= together
 
-    @pl.loop(0, registers // 2 // max(together, 1))
+    @pl.loop(0, registers // 2 // together)
     def _(chunk):
-        # All are read before any is written: the compiler does not know that the pairs are disjoint.
-        pairs = []
-        for i in range(together):
-            pair = chunk * together + i
-            low = ((pair & ~(distance - 1)) << 1) | (pair & (distance - 1))
-            high = low + distance
-            pairs.append((low, high, key_ref[low], key_ref[high], slot_ref[low], slot_ref[high]))
-        for low, high, low_key, high_key, low_slot, high_slot in pairs:
-            swap = _before(high_key, high_slot, low_key, low_slot) ^ _downward(registers, low, size)
-            key_ref[low], key_ref[high] = jnp.where(swap, high_key, low_key), jnp.where(swap, low_key, high_key)
-            slot_ref[low], slot_ref[high] = jnp.where(swap, high_slot, low_slot), jnp.where(swap, low_slot, high_slot)
+        # A pair's lower register has a 0 in the bit that is `distance`.
+        pair = chunk * together
+        first = (pair // distance) * (2 * distance) + pair % distance if apart else 2 * pair
+
+        def read(ref):
+            if apart:
+                return ref[pl.ds(first, together)], ref[pl.ds(first + distance, together)]
+            runs = ref[pl.ds(first, 2 * together)].reshape(together // distance, 2, distance, SUBLANES, LANES)
+            shape = (together, SUBLANES, LANES)
+            return runs[:, 0].reshape(shape), runs[:, 1].reshape(shape)
+
+        def write(ref, low, high):
+            if apart:
+                ref[pl.ds(first, together)], ref[pl.ds(first + distance, together)] = low, high
+            else:
+                runs = (together // distance, distance, SUBLANES, LANES)
+                both = jnp.stack([low.reshape(runs), high.reshape(runs)], axis=1)
+                ref[pl.ds(first, 2 * together)] = both.reshape(2 * together, SUBLANES, LANES)
+
+        keys, slots = read(key_ref), read(slot_ref)
+        count = lax.broadcasted_iota(jnp.int32, keys[0].shape, 0)
+        register = first + (count if apart else (count // distance) * (2 * distance) + count % distance)
+        swap = _before(keys[1], slots[1], keys[0], slots[0]) ^ _downward(registers, register, size)
+        for ref, (low, high) in ((key_ref, keys), (slot_ref, slots)):
+            write(ref, jnp.where(swap, high, low), jnp.where(swap, low, high))
 
 
 def _compare_lanes(key_ref, slot_ref, size, distance):
     registers = key_ref.shape[0]
-    together = min(CHUNK, registers)
+    together = min(2 * CHUNK, registers)
     lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
     partner, upper = lane ^ distance, (lane & distance) != 0
 
@@ -145,10 +164,9 @@ def _compare_lanes(key_ref, slot_ref, size, distance):
     def _(chunk):
         at = pl.ds(chunk * together, together)
         keys, slots = key_ref[at], slot_ref[at]
-        kept = []
-        for i in range(together):
-            key, slot = _lanes(keys[i], partner), _lanes(slots[i], partner)
-            take = _before(key, slot, keys[i], slots[i]) ^ upper ^ _downward(registers, chunk * together + i, size)
-            kept.append((jnp.where(take, key, keys[i]), jnp.where(take, slot, slots[i])))
-        key_ref[at] = jnp.stack([key for key, _ in kept])
-        slot_ref[at] = jnp.stack([slot for _, slot in kept])
+        other_keys = jnp.stack([_lanes(keys[i], partner) for i in range(together)])
+        other_slots = jnp.stack([_lanes(slots[i], partner) for i in range(together)])
+        register = chunk * together + lax.broadcasted_iota(jnp.int32, keys.shape, 0)
+        take = _before(other_keys, other_slots, keys, slots) ^ upper[None] ^ _downward(registers, register, size)
+        key_ref[at] = jnp.where(take, other_keys, keys)
+        slot_ref[at] = jnp.where(take, other_slots, slots)

@@ -193,7 +193,8 @@ def _search(end_ref, words_ref, planes_ref, open_ref, *, begin, m, split):
 
     def step(i, carry):
         p = planes - 2 - 2 * i
-        return settle(*carry, digit(p), digit(p - 2))
+        totals, need = carry
+        return settle(totals, need, digit(p), digit(p - 2))
 
     totals, need = lax.fori_loop(0, planes // 2 - 1, step, (totals, need))
     settle(totals, need, digit(0), None)
