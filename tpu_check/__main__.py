@@ -9,6 +9,7 @@ Exit status: 0 all limits kept; 1 a limit broken, or a program that does not com
 """
 
 import json
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from tpu_check.waivers import WAIVERS
 
 PAGE = Path(__file__).parent.parent / "docs" / "tpu_static.md"
 _SHORT_CHIPS = ["v5e"]
+_OPTIONS = ("chips", "only", "short", "out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,13 +67,15 @@ def plan(argv: Sequence[str] | None = None) -> tuple[list[tuple[Program, Chip]],
         "--chips", type=list[str] | str | None, default=None, help=f"of {', '.join(CHIPS)}; default all"
     )
     parser.add_argument("--only", type=str | None, default=None, help="an operation, or one program of it")
-    parser.add_argument("--short", type=bool, default=False, help="one chip and the main operations")
+    parser.add_argument("--short", action="store_true", help="one chip and the main operations")
     parser.add_argument("--out", type=str | None, default=None, help="Markdown file to write")
-    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        values = parser.parse_args(["--short=true" if argument == "--short" else argument for argument in arguments])
+        values = parser.parse_args(argv)
     except ArgumentError as error:
-        raise ValueError(str(error)) from error
+        unknown = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", str(error))
+        if unknown is None:
+            raise ValueError(str(error)) from error
+        raise ValueError(f"{unknown[1]!r} is not an option; {nearest(unknown[1], _OPTIONS)}") from error
     chips = _chips(values.chips, values.short)
     programs = _programs(values.only, values.short)
     out = None if values.out is None else Path(values.out)

@@ -28,6 +28,7 @@ _DMA = re.compile(r"dma\.(\w+)[^;]*?/\*size_in_granules=\*/(\d+|%\w+)(.*?)(?=;;|
 _WALK = re.compile(
     r"\nbase_bounds: \(([\d, ]+)\).*\nwindow_bounds: \(([\d, ]+)\).*element_size_in_bytes: (\d+)", re.DOTALL
 )
+_CORE = re.compile(r"(%\w+) = sld \[smem:\[#allocation\w+\]\] /\*[^*]*\bcore id\b")
 _ITERATIONS = re.compile(r"iteration_bounds: \(([\d, ]+)\)")
 
 
@@ -81,22 +82,25 @@ class Cost:
         return Cost(self.bundles * trips, self.bytes * trips, self.unknown, parts)
 
 
-def cost(computation: Computation, trips: Sequence[float] = ()) -> Cost:
-    """What one run of the computation costs. `trips` are those of the loops whose trip counts are not constants, in the
-    order of their first bundles: the mean per run of what is around them, so a loop that a predicate skips most of the
-    time has few."""
-    given = iter(trips)
+def cost(computation: Computation, runs: Sequence[float] = ()) -> Cost:
+    """What one run of the computation costs. `runs` are for the loops whose trip counts are not constants, in the order
+    of their first bundles: how often each one's body runs in all, on both cores together if the computation is split.
+    """
+    given = iter(runs)
     unknown = 0
     cores = 2 if computation.split else 1
 
-    def walk(loop: Loop, runs: float) -> tuple[float, float]:
+    def walk(loop: Loop, times: float) -> tuple[float, float]:
         nonlocal unknown
-        bundles = loop.bundles * runs
-        moved = sum(_moved(transfer, runs * cores) for transfer in loop.transfers)
+        bundles = loop.bundles * times
+        moved = sum(_moved(transfer, times * cores) for transfer in loop.transfers)
         for inner in loop.inner:
-            count = next(given, None) if inner.trips is None else inner.trips
-            unknown += count is None
-            below = walk(inner, runs * (1 if count is None else count))
+            if inner.trips is None:
+                in_all = next(given, None)
+                unknown += in_all is None
+                below = walk(inner, times if in_all is None else in_all / cores)
+            else:
+                below = walk(inner, times * inner.trips)
             bundles, moved = bundles + below[0], moved + below[1]
         return bundles, moved
 
@@ -105,9 +109,9 @@ def cost(computation: Computation, trips: Sequence[float] = ()) -> Cost:
     return Cost(bundles, moved, names, ((computation.name, bundles),))
 
 
-def _moved(transfer: Transfer, runs: float) -> float:
+def _moved(transfer: Transfer, times: float) -> float:
     # A pipeline fetches a block again only when its index changes, so at most the array goes through once.
-    total = transfer.size * runs
+    total = transfer.size * times
     return total if transfer.array is None else min(total, transfer.array)
 
 
@@ -146,7 +150,15 @@ def parse(name: str, text: str) -> Computation:
         while parent.inner and parent.inner[-1].last >= span.last:
             parent = parent.inner[-1]
         parent.inner.append(span)
-    return Computation(name, _loop(bundles, root, _Constants(text)), "megacore core id" in text)
+    return Computation(name, _loop(bundles, root, _Constants(text)), _split(text))
+
+
+def _split(text: str) -> bool:
+    """Whether both cores work: the code asks which one it is on, and not in order to let all but the first skip it."""
+    for core in _CORE.findall(text):
+        only_first = re.search(rf"(%\w+) = scmp\.ne\.s32\.totalorder {core}, 0\b", text)
+        return not (only_first and f"sbr.rel ({only_first[1]})" in text)
+    return False
 
 
 def _bundles(text: str) -> Iterator[_Bundle]:

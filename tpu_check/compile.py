@@ -21,7 +21,8 @@ from tpu_check import bundles, hlo
 from tpu_check.bundles import Cost
 from tpu_check.catalogue import catalogue
 from tpu_check.chips import CHIPS, Chip
-from tpu_check.programs import MODELS, TRIPS, Built, Program, nbytes
+from tpu_check.programs import MODELS, Built, Program, nbytes
+from tpu_check.runs import RUNS
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,13 @@ def compile_program(program: Program, chip: Chip, dump: Path) -> Figures:
         )
         compiled = jax.jit(built.function, donate_argnums=built.donate).lower(*arguments).compile()
     seconds = time.perf_counter() - started
-    return figures(chip, built, compiled.as_text() or "", compiled.memory_analysis(), bundles.read_dump(dump), seconds)
+    return figures(
+        program, chip, built, compiled.as_text() or "", compiled.memory_analysis(), bundles.read_dump(dump), seconds
+    )
 
 
 def figures(
+    program: Program,
     chip: Chip,
     built: Built,
     text: str,
@@ -86,7 +90,7 @@ def figures(
         if instruction not in dumped:
             return None
         kernel = re.sub(r"\.\d+$", "", instruction)
-        return bundles.cost(dumped[instruction], TRIPS.get(kernel, ()))
+        return bundles.cost(dumped[instruction], RUNS[kernel](program.batch) if kernel in RUNS else ())
 
     cost = hlo.total(module, cost_of)
     cache = 0 if built.cache is None else nbytes(built.cache)

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from recycled_jax.config import LlamaConfig
 from tpu_check.chips import Chip
-from tpu_check.programs import BUDGET, TOKENS, Built, LimitName, Program, array, nbytes
+from tpu_check.programs import BUDGET, PREFILL, TOKENS, Built, LimitName, Program, array, nbytes
 
 _LAYERS = 2
 _PAGE = 16  # tokens; Quest's page size
 _CHUNK = 64  # tokens
-_PREFILL = 512  # tokens of a chunk of a prompt
 _TRAINED = 8_192  # tokens of a training sequence
 _STREAMING: dict[LimitName, float] = {"ratio": 1.25}
 
@@ -35,7 +34,7 @@ def operations() -> Iterator[Program]:
         yield Program("gather_selection", model, 1, "per head", _gather_selection, short=model == "8B")
         yield Program("page_scores", model, 1, f"pages of {_PAGE}", _page_scores)
         yield Program("chunk_scores", model, 1, f"chunks of {_CHUNK}", _chunk_scores)
-        yield Program("prefill_attention", model, 1, f"last {_PREFILL}", _prefill_attention, short=model == "8B")
+        yield Program("prefill_attention", model, 1, f"last {PREFILL}", _prefill_attention, short=model == "8B")
         yield Program("causal_attention", model, 1, f"{_TRAINED} tokens", _causal_attention)
 
 
@@ -170,13 +169,13 @@ def _selection_attention(chip: Chip, config: LlamaConfig, batch: int) -> Built:
 
 
 def _prefill_attention(chip: Chip, config: LlamaConfig, batch: int) -> Built:
-    q = array((batch, config.query_heads, _PREFILL, config.head_dim))
+    q = array((batch, config.query_heads, PREFILL, config.head_dim))
     cache = _cache(config, batch, TOKENS)
     return Built(
         lambda q, cache, start, layer: pk.prefill_attention(q, cache, start, layer=layer),
         (q, cache, _numbers(), _numbers()),
         nbytes(cache) // _LAYERS + 2 * nbytes(q),
-        4 * batch * config.query_heads * config.head_dim * _PREFILL * TOKENS,
+        4 * batch * config.query_heads * config.head_dim * PREFILL * TOKENS,
         cache=cache,
     )
 

@@ -1,6 +1,6 @@
 """What a program to be checked is, and the models and shapes they are checked at."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from tpu_check.chips import Chip
 
 TOKENS = 131_072  # slots of the cache, all in use as far as floors are concerned
 BUDGET = 4_096  # slots of a selection
+PREFILL = 512  # tokens of a chunk of a prompt, the last one
 DTYPE = jnp.bfloat16
 
 _LLAMA_8B = LlamaConfig(
@@ -39,12 +40,6 @@ _LLAMA_1B = replace(
     tie_embeddings=True,
 )
 MODELS = {"8B": _LLAMA_8B, "1B": _LLAMA_1B}  # Llama-3.1-8B and Llama-3.2-1B
-
-# What the dump does not tell (`bundles.cost`), by the name of the kernel. All slots are in use.
-TRIPS: Mapping[str, Sequence[float]] = {
-    # with scores: after a row's last block, two passes over its logits, block by block
-    "decode_attention": (1, 1),
-}
 
 # ratio: static time over floor. select: static time over the floor of the decode attention that it is to spare.
 # bundles_per_token: over the tokens fetched. temporaries: share of the cache. copies: number of cache-shaped copies.

@@ -5,7 +5,8 @@ down when a larger one comes. Scores, which need the final normaliser for every 
 its logits, which stay in VMEM until then: 4 bytes per token and query head, against a second read of the keys.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cache import LANES
 
+TILES_TOGETHER = 8  # one alone leaves the units waiting for each other
 LOWEST = float(jnp.finfo(jnp.float32).min)  # of no logit; -inf would make NaN of -inf - -inf
 
 
 class Running(NamedTuple):
-    """References to [query_heads, LANES] float32, equal in all lanes, as later reads want it."""
+    """Scratch of [query_heads, LANES] float32, equal in all lanes, as later reads want it; in a kernel, references."""
 
-    largest: jax.Ref  # logit so far
-    total: jax.Ref  # of exp(logit - largest)
+    largest: Any  # logit so far
+    total: Any  # of exp(logit - largest)
 
 
 def running(query_heads: int) -> Running:
@@ -31,8 +33,8 @@ def running(query_heads: int) -> Running:
 
 
 def start(state: Running) -> None:
-    state.largest[...] = jnp.full_like(state.largest, LOWEST)
-    state.total[...] = jnp.zeros_like(state.total)
+    state.largest[...] = jnp.full(state.largest.shape, LOWEST, jnp.float32)
+    state.total[...] = jnp.zeros(state.total.shape, jnp.float32)
 
 
 def add_block(state: Running, logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,23 +84,30 @@ def write_scores(scores: jax.Ref, kept: jax.Ref, state: Running, length: jax.Arr
         factor = [one / group for one in factor]
     join = jnp.maximum if group_reduction == "max" else jnp.add
 
-    def probabilities(tile):
+    def probabilities(tile: jax.Array | int) -> jax.Array:
+        heads = [jnp.exp(kept[tile, member, :] - largest[g]) * factor[g] for g, member in enumerate(members)]
         token = tile * LANES + lax.broadcasted_iota(jnp.int32, (kv_heads, LANES), 1)
-        reduced = None
-        for g, member in enumerate(members):
-            one = jnp.exp(kept[tile, member, :] - largest[g]) * factor[g]
-            reduced = one if reduced is None else join(reduced, one)
-        return jnp.where(token < length, reduced, 0.0)
+        # The choice keeps out what was never written, beside what is padding.
+        return jnp.where(token < length, functools.reduce(join, heads), 0.0)
 
-    whole = capacity // LANES
+    tiles = capacity // LANES
+    groups = tiles // TILES_TOGETHER
+    in_use = jnp.minimum(pl.cdiv(length, TILES_TOGETHER * LANES), groups)
 
-    @pl.loop(0, jnp.minimum(pl.cdiv(length, LANES), whole))
-    def _(tile):
-        scores[0, :, pl.ds(pl.multiple_of(tile * LANES, LANES), LANES)] = probabilities(tile)
+    def store(tile: jax.Array | int, values: jax.Array) -> None:
+        scores[0, :, pl.ds(pl.multiple_of(jnp.asarray(tile) * LANES, LANES), LANES)] = values
 
-    @pl.loop(jnp.minimum(pl.cdiv(length, LANES), whole), whole)
-    def _(tile):
-        scores[0, :, pl.ds(pl.multiple_of(tile * LANES, LANES), LANES)] = jnp.zeros((kv_heads, LANES), jnp.float32)
+    @pl.loop(0, in_use)
+    def _(together):
+        for tile in range(TILES_TOGETHER):
+            store(together * TILES_TOGETHER + tile, probabilities(together * TILES_TOGETHER + tile))
 
+    @pl.loop(in_use, groups)
+    def _(together):
+        for tile in range(TILES_TOGETHER):
+            store(together * TILES_TOGETHER + tile, jnp.zeros((kv_heads, LANES), jnp.float32))
+
+    for tile in range(groups * TILES_TOGETHER, tiles):
+        store(tile, probabilities(tile))
     if capacity % LANES:
-        scores[0, :, whole * LANES :] = probabilities(whole)[:, : capacity % LANES]
+        scores[0, :, tiles * LANES :] = probabilities(tiles)[:, : capacity % LANES]

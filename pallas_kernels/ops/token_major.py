@@ -9,12 +9,14 @@ Query heads stay in their own order. Query head h belongs to row h // heads, hea
 lanes of its own kv head, with zeros in the others (`expand_queries`).
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -24,14 +26,19 @@ from pallas_kernels import dispatch
 from pallas_kernels.cache import LANES, KVCache, TokenMajor
 
 SUBLANES = 8
+PIECE = 256  # tokens; the width of the newer matrix units
 COMPILER_BYTES = 8 * 2**20  # for the values of a grid step that do not fit the registers
 
 
+@runtime_checkable
 class Sized(Protocol):
-    """A ShapeDtypeStruct or a reference."""
+    """An array, its ShapeDtypeStruct or a reference."""
 
-    shape: tuple[int, ...]
-    dtype: Any
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
 
 
 def require_token_major(cache: KVCache, operation: str) -> TokenMajor:
@@ -65,27 +72,26 @@ def expand_queries(
 ) -> Float[Array, "batch query_heads lanes"]:
     """Each query in the lanes of its kv head, zeros in the others, in the dtype of the cache."""
     q = q.astype(cache.dtype)
-    if cache.pack == 1:
-        return q
-    segment = _segments(q.shape[1], cache)
-    return (q[:, :, None, :] * segment[None, :, :, None].astype(q.dtype)).reshape(*q.shape[:2], -1)
+    segments = _segments(q.shape[1], cache)
+    return jnp.concatenate([jnp.where(segments == segment, q, 0) for segment in range(cache.pack)], axis=-1)
 
 
 def collect_heads(
     out: Float[Array, "batch query_heads lanes"], cache: TokenMajor
 ) -> Float[Array, "batch query_heads head_dim"]:
     """Of each query head's row the lanes of its kv head; the others hold its weights on other heads' values."""
-    if cache.pack == 1:
-        return out
-    segment = _segments(out.shape[1], cache)
-    apart = out.reshape(*out.shape[:2], cache.pack, cache.head_dim)
-    return jnp.sum(jnp.where(segment[None, :, :, None], apart, 0), axis=2)
+    segments = _segments(out.shape[1], cache)
+    apart = jnp.split(out, cache.pack, axis=-1)
+    chosen = apart[0]
+    for segment in range(1, cache.pack):
+        chosen = jnp.where(segments == segment, apart[segment], chosen)
+    return chosen
 
 
-def _segments(query_heads: int, cache: TokenMajor) -> jax.Array:
-    """[query_heads, pack]: whose lanes are whose."""
+def _segments(query_heads: int, cache: TokenMajor) -> np.ndarray:
+    """[1, query_heads, 1]: which piece of a row's lanes is the kv head's; a constant of the program."""
     group = query_heads // cache.kv_heads
-    return (jnp.arange(query_heads) // group % cache.pack)[:, None] == jnp.arange(cache.pack)[None, :]
+    return (np.arange(query_heads) // group % cache.pack)[None, :, None]
 
 
 def stored(cache: TokenMajor) -> jax.Array:
@@ -115,34 +121,84 @@ def block_tokens(cache: TokenMajor, block_bytes: int, *, keys_only: bool = False
     return max(divisors, default=most)
 
 
-def load_row(block: jax.Ref, row: int) -> Float[Array, "tokens lanes"]:
-    """One row of heads of every token of a block [1, 1, tokens, parts, rows, lanes]; values follow the keys' rows."""
+def reader(block: jax.Ref, some: slice, *, finite: bool = False) -> Callable[[int], jax.Array]:
+    """Loads row r of heads of some tokens of a block [1, 1, tokens, parts, rows, lanes], as [tokens, lanes].
+
+    Values follow the keys' rows. What is not finite is read as 0 on request. A reader loads words once, so it must be
+    made where it is used: under the same condition.
+    """
     _, _, tokens, parts, rows, lanes = block.shape
-    if dispatch.platform() != "tpu":  # the interpreter cannot read bfloat16 as words
-        return block[0, 0, :, row // rows, row % rows, :]
+    count = some.stop - some.start
+
+    def interpreted(row: int) -> jax.Array:  # the interpreter cannot read bfloat16 as words
+        x = block[0, 0, some, row // rows, row % rows, :]
+        return jnp.where(jnp.isfinite(x), x, 0) if finite else x
+
+    if dispatch.platform() != "tpu":
+        return interpreted
+
     per_word = _rows_per_word(block.dtype)
-    word_rows = parts * rows // per_word
-    words = (block.bitcast(jnp.uint32) if per_word == 2 else block).reshape(1, 1, tokens * word_rows, lanes)
-    every = pl.ds(row // per_word, tokens, word_rows) if word_rows > 1 else pl.ds(0, tokens)
-    x = words[0, 0, every, :]
-    if per_word == 1:
-        return x
-    # A bfloat16 is the upper half of a float32; the even row of two is the lower half of their words.
-    upper = x & jnp.uint32(0xFFFF0000) if row % 2 else x << 16
-    return lax.bitcast_convert_type(upper, jnp.float32).astype(jnp.bfloat16)
+    stride = parts * rows // per_word
+
+    @functools.cache
+    def words(word_row: int) -> jax.Array:
+        typed: Any = block  # as a reference to VMEM, which has views that a Ref in general has not
+        flat = (typed.bitcast(jnp.uint32) if per_word == 2 else typed).reshape(1, 1, tokens * stride, lanes)
+        return flat[0, 0, pl.ds(some.start * stride + word_row, count, stride if stride > 1 else None), :]
+
+    def load(row: int) -> jax.Array:
+        x = words(row // per_word)
+        if per_word == 2:
+            # A bfloat16 is the upper half of a float32; the even row of two is the lower half of their words.
+            x = lax.bitcast_convert_type(x & jnp.uint32(0xFFFF0000) if row % 2 else x << 16, jnp.float32)
+        if finite:
+            x = jnp.where(jnp.isfinite(x), x, 0)
+        return x.astype(block.dtype)
+
+    return load
 
 
-def load_values(block: jax.Ref, rows: int, capacity: int, first: jax.Array, row: int) -> Float[Array, "tokens lanes"]:
-    """The values of a row of heads in a block that begins with token `first`.
+def load_row(block: jax.Ref, row: int) -> Float[Array, "tokens lanes"]:
+    """One row of heads of every token of a block, as a `reader` loads it."""
+    return reader(block, slice(0, block.shape[2]))(row)
+
+
+def block_logits(
+    q: Float[Array, "query_heads lanes"], block: jax.Ref, rows: int, *, finite: bool = False
+) -> Float[Array, "query_heads tokens"]:
+    """Products of every query head with the keys that it belongs to, of a block of tokens, float32."""
+    pieces = [times_keys(q, reader(block, some, finite=finite), rows) for some in _pieces(block.shape[2])]
+    return jnp.concatenate(pieces, axis=1)
+
+
+def block_sums(
+    weights: Float[Array, "query_heads tokens"], block: jax.Ref, rows: int, *, capacity: int, first: jax.Array
+) -> Float[Array, "query_heads lanes"]:
+    """Weighted sums of the values that a query head belongs to, of a block that begins with token `first`, float32.
 
     Where blocks do not divide the capacity, what the last one has past the end of the cache may be NaN, which a weight
     of zero does not remove; elsewhere values are finite.
     """
-    values = load_row(block, rows + row)
-    if capacity % values.shape[0]:
-        token = first + lax.broadcasted_iota(jnp.int32, values.shape, 0)
-        values = jnp.where(token < capacity, values, jnp.zeros_like(values))
-    return values
+    tokens = block.shape[2]
+
+    def piece(some: slice) -> jax.Array:
+        load = reader(block, some)
+
+        def load_values(row: int) -> jax.Array:
+            values = load(rows + row)
+            if capacity % tokens:
+                token = first + some.start + lax.broadcasted_iota(jnp.int32, values.shape, 0)
+                values = jnp.where(token < capacity, values, jnp.zeros_like(values))
+            return values
+
+        return times_values(weights[:, some], load_values, rows)
+
+    return functools.reduce(jnp.add, map(piece, _pieces(tokens)))
+
+
+def _pieces(tokens: int) -> list[slice]:
+    """What is worked on at a time: few enough that a word loaded for two rows stays in its register between them."""
+    return [slice(first, min(first + PIECE, tokens)) for first in range(0, tokens, PIECE)]
 
 
 def times_keys(
@@ -195,6 +251,11 @@ def _dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
     return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
+def of_row(row: jax.Array, step: jax.Array, *_: jax.Ref) -> tuple[jax.Array | int, ...]:
+    """Index map, over a grid (batch, blocks), of what a row of the batch has once: [1, ..., ...]."""
+    return row, 0, 0
+
+
 def block_in_use(
     tokens: int, row: jax.Array, step: jax.Array, layer: jax.Ref, lengths: jax.Ref
 ) -> tuple[jax.Array | int, ...]:
@@ -206,13 +267,13 @@ def block_in_use(
     return layer[0], row, jnp.minimum(step, last), 0, 0, 0
 
 
-def compiler_params(operation: str, *, blocks: Iterable[Sized], scratch: Iterable[Sized]) -> pltpu.CompilerParams:
+def compiler_params(operation: str, *, blocks: Iterable[Sized], scratch: Any) -> pltpu.CompilerParams:
     """For a grid (batch, blocks of a row): room in VMEM for its blocks, each twice, and for its scratch.
 
     Raises:
         NotImplementedError: the chip that the program is for has not that much.
     """
-    limit = sum(2 * _bytes(x) for x in blocks) + sum(_bytes(x) for x in scratch) + COMPILER_BYTES
+    limit = sum(2 * _bytes(x) for x in blocks) + sum(_bytes(x) for x in jax.tree.leaves(scratch)) + COMPILER_BYTES
     if dispatch.platform() == "tpu":
         available = pltpu.get_tpu_info().vmem_capacity_bytes
         if limit > available:

@@ -17,15 +17,20 @@ def out_and_gradients(q, k, v, seed, *, implementation):
     return out, *pullback(seed)
 
 
-# (kv_heads, group, head_dim, dtype, tokens), in blocks of 128: two with padding at the end, one without.
+# (batch, kv_heads, group, head_dim, dtype, tokens), in blocks of 128.
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 64, "float32", 200), (2, 1, 128, "bfloat16", 128), (1, 2, 64, "bfloat16", 130)], ids=str
+    "shape",
+    [
+        (1, 1, 2, 64, "float32", 200),  # two blocks, with padding at the end
+        (2, 2, 2, 128, "bfloat16", 128),  # one block; every row and every kv head is another
+    ],
+    ids=str,
 )
 def test_output_and_gradients_match_oracle(shape, getkey, monkeypatch):
     monkeypatch.setattr(pallas_tpu, "BLOCK", 128)
-    kv_heads, group, head_dim, dtype, tokens = shape
-    q = 2 * normal(getkey(), (1, kv_heads * group, tokens, head_dim), dtype)
-    k, v = (normal(getkey(), (1, kv_heads, tokens, head_dim), dtype) for _ in range(2))
+    batch, kv_heads, group, head_dim, dtype, tokens = shape
+    q = 2 * normal(getkey(), (batch, kv_heads * group, tokens, head_dim), dtype)
+    k, v = (normal(getkey(), (batch, kv_heads, tokens, head_dim), dtype) for _ in range(2))
     seed = normal(getkey(), q.shape, dtype)  # a cotangent that differs in every entry
     actual = jitted(out_and_gradients, implementation="pallas_tpu")(q, k, v, seed)
     expected = jitted(out_and_gradients, implementation="reference")(q, k, v, seed)

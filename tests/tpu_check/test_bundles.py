@@ -4,8 +4,8 @@ import pytest
 
 from tpu_check.bundles import Cost, Loop, Transfer, cost, parse, read_dump
 
-# A grid of 4 pipelined steps (6 trips: one ahead, one behind) around a loop of 31 around one of 16, whose exit tests the
-# compiler has hoisted; then a loop with a bound from memory. Four delay slots after each branch.
+# A grid of 4 pipelined steps (6 trips: one ahead, one behind) around a loop of 31 around one of 16, the exit test of
+# the outer one hoisted into the inner one; then a loop with a bound from memory. Four delay slots after each branch.
 NESTED = """
 = control target key start
 LB: loop body
@@ -13,7 +13,7 @@ LB: loop body
 
      0   :  { %s1_s0 = smov 0 /* copy for cssa */ }
    0x1 LB: > { %s3_s2 = sphi %s1_s0, %s9_s2  ;;  %s4_s3 = sadd.s32 1, %s3_s2 } /* Start region 10 :: Start region 11 */
-   0x2   : > { %20 = dma.hbm_to_vmem [thread:$0]  (%p1_p1), /*hbm=*/%s5_s4, /*size_in_granules=*/2048, /*vmem=*/%s6_s5 /*
+   0x2   : > { %20 = dma.hbm_to_vmem (%p1_p1), /*hbm=*/%s5_s4, /*size_in_granules=*/2048, /*vmem=*/%s6_s5 /*
 base_bounds: (64, 1)
 dynamic_base_bounds: (64, 1)
 window_bounds: (16, 1)
@@ -72,13 +72,16 @@ def test_cost_counts_every_trip_and_names_what_it_cannot():
     kernel = parse("kernel.1", NESTED)
     bundles = 2 + 4 * (12 + 31 * (6 + 16 * 8) + 6)
     assert cost(kernel) == Cost(bundles, 4 * FETCHED, ("kernel.1 (1)",), (("kernel.1", bundles),))
-    given = cost(kernel, (2.5,))
+    given = cost(kernel, (10,))  # in all, and not for each of the 4 grid steps
     assert given.unknown == ()
-    assert given.bundles == bundles + 4 * 6 * 1.5
+    assert given.bundles == bundles + (10 - 4) * 6
 
 
 def test_a_loop_without_a_constant_counter_is_unknown():
-    for broken in (NESTED.replace("%s31_s7 = smov 0", "%s31_s7 = sld [smem:[0]]"), NESTED.replace(", 16 /*", ", %s9 /*")):
+    for broken in (
+        NESTED.replace("%s31_s7 = smov 0", "%s31_s7 = sld [smem:[0]]"),
+        NESTED.replace(", 16 /*", ", %s9 /*"),
+    ):
         assert parse("k", broken).root.inner[0].inner[0].inner[0].trips is None
 
 
@@ -91,7 +94,9 @@ def test_trip_count_of_a_counter(first, step, test, trips):
 
 
 def test_a_window_is_moved_no_oftener_than_its_array_is_large():
-    kernel = parse("k", NESTED.replace("iteration_bounds: (2, 2)", "iteration_bounds: (1, 2)").replace(", 6 /*", ", 400 /*"))
+    kernel = parse(
+        "k", NESTED.replace("iteration_bounds: (2, 2)", "iteration_bounds: (1, 2)").replace(", 6 /*", ", 400 /*")
+    )
     assert kernel.root.inner[0].trips == 400
     assert cost(kernel).bytes == 4 * FETCHED
     by_hand = parse("k", NESTED.replace("\nbase_bounds", "\nbounds"))
@@ -107,9 +112,18 @@ def test_a_size_in_a_register_is_that_of_the_window():
 
 
 def test_two_cores_move_twice_the_bytes_of_one():
-    both = parse("k", NESTED.replace("\nbase_bounds", "\nbounds") + "/* megacore core id */")
+    by_hand = NESTED.replace("\nbase_bounds", "\nbounds")
+    first = "%s1_s0 = smov 0 /* copy for cssa */"
+    asks = f"{first}  ;;  %s60_s60 = sld [smem:[#allocation0]] /* megacore core id :: core id */"
+    both = parse("k", by_hand.replace(first, asks))
     assert both.split
     assert cost(both).bytes == 8 * FETCHED
+    # and share the runs that are given
+    assert cost(both, (10,)).bundles == cost(parse("k", by_hand), (5,)).bundles
+    leaves = asks + "  ;;  %p60_p0 = scmp.ne.s32.totalorder %s60_s60, 0  ;;  %15 = sbr.rel (%p60_p0) target = $region4"
+    one = parse("k", by_hand.replace(first, leaves))
+    assert not one.split
+    assert cost(one).bytes == 4 * FETCHED
 
 
 def test_read_dump(tmp_path):

@@ -4,7 +4,6 @@ Splash attention takes whole sequences, head by head, and a mask known when the 
 training has; the chunk of a prompt that prefill_attention is given has neither, and a kernel of its own.
 """
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -25,10 +24,10 @@ def causal_attention(
     scale: float,
 ) -> Float[Array, "batch query_heads tokens head_dim"]:
     """Products have JAX's default precision, as in `xla`: on TPU that is bfloat16 for float32 too."""
-    query_heads, tokens = q.shape[1:3]
+    batch, query_heads, tokens, head_dim = q.shape
     block, padded = blocks_of(tokens)
     attend = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * query_heads),
+        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * (batch * query_heads)),
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -40,11 +39,16 @@ def causal_attention(
         head_shards=1,
         q_seq_shards=1,
     )
-    # No token sees those after it: padding at the end changes nothing, and what comes out there is cut off.
-    padding = ((0, 0), (0, 0), (0, padded - tokens), (0, 0))
     queries = (q * scale).astype(k.dtype)  # splash has no scale of its own
-    out = jax.vmap(attend)(*(jnp.pad(x, padding) for x in (queries, k, v)))
-    return out[:, :, :tokens].astype(q.dtype)
+    # The heads of all rows are one axis, for splash has none for rows; head h of it still uses kv head h // group.
+    # No token sees those after it: padding at the end changes nothing, and what comes out there is cut off.
+    out = attend(*(_padded(x.reshape(-1, tokens, head_dim), padded) for x in (queries, k, v)))
+    # (asarray for the type checker: without residuals to return, splash returns an array.)
+    return jnp.asarray(out)[:, :tokens].reshape(q.shape).astype(q.dtype)
+
+
+def _padded(x: Float[Array, "heads tokens head_dim"], tokens: int) -> Float[Array, "heads {tokens} head_dim"]:
+    return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]), (0, 0)))
 
 
 def blocks_of(tokens: int) -> tuple[int, int]:

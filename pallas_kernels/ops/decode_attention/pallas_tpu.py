@@ -42,7 +42,7 @@ def decode_attention(
     if return_scores:
         outputs.append(jax.ShapeDtypeStruct((batch, cache.kv_heads, cache.capacity), jnp.float32))
         scratch.append(running_softmax.kept_logits(query_heads, blocks, tokens))
-    of_row = [pl.BlockSpec((1, *output.shape[1:]), lambda row, step, *_: (row, 0, 0)) for output in outputs]
+    of_row = [pl.BlockSpec((1, *output.shape[1:]), token_major.of_row) for output in outputs]
 
     out, *scores = pl.pallas_call(
         functools.partial(
@@ -62,7 +62,7 @@ def decode_attention(
         out_shape=outputs,
         name="decode_attention",
         compiler_params=token_major.compiler_params(
-            "decode_attention", blocks=[block, *outputs], scratch=jax.tree.leaves(scratch)
+            "decode_attention", blocks=[block, expanded, *outputs], scratch=scratch
         ),
     )(jnp.asarray(layer, jnp.int32).reshape(1), lengths.astype(jnp.int32), expanded, token_major.stored(cache))
     return token_major.collect_heads(out, cache), scores[0] if return_scores else None
@@ -81,16 +81,17 @@ def _kernel(layer, lengths, q, kv, out, *refs, rows, capacity, scale, group_redu
 
     @pl.when(left > 0)
     def _():
-        logits = scale * token_major.times_keys(q[0], functools.partial(token_major.load_row, kv), rows)
+        logits = scale * token_major.block_logits(q[0], kv, rows)
         if kept is not None:
             running_softmax.keep(kept, logits, step)
         visible = lax.broadcasted_iota(jnp.int32, logits.shape, 1) < left
         weights, older = running_softmax.add_block(state, logits, visible)
-        values = functools.partial(token_major.load_values, kv, rows, capacity, step * tokens)
-        sums[...] = older * sums[...] + token_major.times_values(weights, values, rows)
+        sums[...] = older * sums[...] + token_major.block_sums(
+            weights, kv, rows, capacity=capacity, first=step * tokens
+        )
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
         out[0] = (sums[...] * running_softmax.normaliser(state.total[:, :1])).astype(out.dtype)
-        if scores is not None:
+        if scores is not None and kept is not None:
             running_softmax.write_scores(scores, kept, state, length, group_reduction)

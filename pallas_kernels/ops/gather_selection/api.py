@@ -5,11 +5,12 @@ from jaxtyping import Array, Bool, Int
 from pallas_kernels import dispatch
 from pallas_kernels.cache import KVCache
 from pallas_kernels.checks import check_cache, check_positions, check_shape
-from pallas_kernels.ops.gather_selection import reference, xla
+from pallas_kernels.ops.gather_selection import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.gather_selection,
     "xla": xla.gather_selection,
+    "pallas_tpu": pallas_tpu.gather_selection,
 }
 
 

@@ -1,4 +1,4 @@
-"""How strongly a query step could attend any token of a page, from what is kept of the page: two vectors, not its keys."""
+"""How strongly a query step could attend any token of a page, from two vectors that are kept of the page."""
 
 from jaxtyping import Array, Float, Int
 

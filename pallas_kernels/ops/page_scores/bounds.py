@@ -5,20 +5,24 @@ cache of tokens does and is 2 / page_size of the bytes of its keys.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cache import HeadMajor, KVCache, TokenMajor
 from pallas_kernels.checks import check_cache, check_shape, check_values
 
+# The bounds of a layer are made a piece at a time, so that what it takes beside them does not grow with the cache.
+TOKENS_AT_ONCE = 1024
 
-def page_bounds[Bounds: KVCache](
+
+def page_bounds(
     cache: KVCache,
     lengths: Int[Array, " batch"],
-    into: Bounds,
+    into: KVCache,
     *,
     layer: int | Int[Array, ""],
     page_size: int,
-) -> Bounds:
+) -> KVCache:
     """Writes the bounds of one layer of a filled cache into the same layer of `into`: after a prompt.
 
     Args:
@@ -45,26 +49,45 @@ def page_bounds[Bounds: KVCache](
         names = "layers, batch, kv_heads, capacity, head_dim, dtype"
         raise ValueError(f"into has ({names}) {_plain(given)}; expected {_plain(wanted)}, from cache and {page_size=}")
 
-    keys = cache.keys(layer)
-    past_the_end = into.capacity * page_size - cache.capacity
-    keys = jnp.pad(keys, ((0, 0), (0, 0), (0, past_the_end), (0, 0)))
-    pages = keys.reshape(*keys.shape[:2], into.capacity, page_size, keys.shape[-1])
-    tokens = jnp.arange(into.capacity * page_size).reshape(into.capacity, page_size)
-    in_use = (tokens[None] < lengths[:, None, None])[:, None, :, :, None]
+    at_once = max(TOKENS_AT_ONCE // page_size, 1)  # pages
+    whole = cache.capacity // (at_once * page_size)
+
+    def write(first: int | Int[Array, ""], tokens: int, bounds: KVCache) -> KVCache:
+        start = first * page_size
+        keys, _ = cache.block(layer, start, tokens)
+        return bounds.write(layer, first, *_extremes(keys, lengths - start, page_size))
+
+    if whole:
+        into = lax.fori_loop(0, whole, lambda i, bounds: write(i * at_once, at_once * page_size, bounds), into)
+    rest = cache.capacity - whole * at_once * page_size
+    return write(whole * at_once, rest, into) if rest else into
+
+
+def _extremes(
+    keys: Float[Array, "batch kv_heads tokens head_dim"], lengths: Int[Array, " batch"], page_size: int
+) -> tuple[Float[Array, "batch kv_heads pages head_dim"], Float[Array, "batch kv_heads pages head_dim"]]:
+    """Minima and maxima of each page of keys, of which the first `lengths` are in use, perhaps none; the last page may
+    be cut short."""
+    batch, kv_heads, tokens, head_dim = keys.shape
+    pages = -(-tokens // page_size)
+    keys = jnp.pad(keys, ((0, 0), (0, 0), (0, pages * page_size - tokens), (0, 0)))
+    keys = keys.reshape(batch, kv_heads, pages, page_size, head_dim)
+    slots = jnp.arange(pages * page_size).reshape(pages, page_size)
+    in_use = (slots[None] < lengths[:, None, None])[:, None, :, :, None]
     has_tokens = in_use[:, :, :, 0]
-    minima = jnp.where(has_tokens, jnp.min(jnp.where(in_use, pages, jnp.inf), axis=3), 0)
-    maxima = jnp.where(has_tokens, jnp.max(jnp.where(in_use, pages, -jnp.inf), axis=3), 0)
-    return into.write(layer, 0, minima, maxima)
+    minima = jnp.min(jnp.where(in_use, keys, jnp.inf), axis=3)
+    maxima = jnp.max(jnp.where(in_use, keys, -jnp.inf), axis=3)
+    return jnp.where(has_tokens, minima, 0), jnp.where(has_tokens, maxima, 0)
 
 
-def update_page_bounds[Bounds: KVCache](
-    bounds: Bounds,
+def update_page_bounds(
+    bounds: KVCache,
     slots: Int[Array, " batch"],
     k: Float[Array, "batch kv_heads head_dim"],
     *,
     layer: int | Int[Array, ""],
     page_size: int,
-) -> Bounds:
+) -> KVCache:
     """The bounds of one layer after a token per row was appended to the cache: one page per row is read and written.
 
     The first token of a page sets its bounds, so what a page held before it was in use never matters.

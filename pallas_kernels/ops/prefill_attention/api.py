@@ -5,11 +5,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.cache import KVCache
 from pallas_kernels.checks import check_cache, check_query, check_values
-from pallas_kernels.ops.prefill_attention import reference, xla
+from pallas_kernels.ops.prefill_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.prefill_attention,
     "xla": xla.prefill_attention,
+    "pallas_tpu": pallas_tpu.prefill_attention,
 }
 
 

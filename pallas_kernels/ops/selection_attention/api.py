@@ -5,11 +5,12 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.cache import KVCache
 from pallas_kernels.checks import check_cache, check_query
-from pallas_kernels.ops.selection_attention import reference, xla
+from pallas_kernels.ops.selection_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.selection_attention,
     "xla": xla.selection_attention,
+    "pallas_tpu": pallas_tpu.selection_attention,
 }
 
 

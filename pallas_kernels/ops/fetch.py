@@ -1,0 +1,133 @@
+"""Fetching tokens one by one from a `TokenMajor` cache: what the kernels over selections share.
+
+A DMA is issued by the scalar unit, which has two slots in a bundle: the DMA takes both, so what it costs is one bundle
+and half a bundle for every scalar operation that works out its addresses. Hence the cache is viewed in *units*, rows of
+32-bit words (512 bytes: one float32 row, or two bfloat16 rows that share their words), and a token is named by its
+first unit: that number is added to the base address as it is. Slots are turned into units outside the kernel, by the
+vector unit; a block's units are copied to scalar memory at fixed addresses; one wait covers a block's bytes. So a DMA
+takes five scalar operations and 3.5 bundles.
+
+Where an entry is empty, slot 0 is fetched: a fetch costs less than the branch around it.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.cache import TokenMajor
+from pallas_kernels.ops.token_major import SUBLANES
+
+Load = Callable[[int], jax.Array]  # a row of heads of some tokens
+
+WORD = 4  # bytes
+LARGEST_BLOCK = 256  # tokens: enough to hide what a block costs once, few enough to write out DMA by DMA
+BLOCK_BYTES = 2 * 2**20
+
+
+def rows_per_unit(cache: TokenMajor) -> int:
+    """Rows of `lanes` that share 32-bit words."""
+    return WORD // cache.dtype.itemsize
+
+
+def units_per_token(cache: TokenMajor) -> int:
+    """Keys come first, then values."""
+    return 2 * cache.kv.shape[4] // rows_per_unit(cache)
+
+
+def in_units(cache: TokenMajor) -> jax.Array:
+    """The whole stack as [units, rows of a unit, lanes], a view: on TPU all have the bytes in the same order."""
+    return cache.kv.reshape(-1, rows_per_unit(cache), cache.kv.shape[5])
+
+
+def first_units(
+    cache: TokenMajor, positions: Int[Array, "batch heads budget"], layer: int | Int[Array, ""]
+) -> Int[Array, "batch heads budget"]:
+    """Where in `in_units` the tokens at these slots begin; those of slot 0 where there is none."""
+    row = layer * cache.batch + jnp.arange(cache.batch, dtype=jnp.int32)
+    token = row[:, None, None] * cache.capacity + jnp.maximum(positions, 0).astype(jnp.int32)
+    return token * units_per_token(cache)
+
+
+def block_tokens(cache: TokenMajor, budget: int) -> int:
+    """Tokens per block: whole tiles of sublanes."""
+    fit = BLOCK_BYTES // (units_per_token(cache) * WORD * cache.kv.shape[5])
+    most = max(min(fit, LARGEST_BLOCK) // SUBLANES, 1) * SUBLANES
+    return min(most, pl.cdiv(budget, SUBLANES) * SUBLANES)
+
+
+def in_blocks(entries: jax.Array, tokens: int, empty: int) -> jax.Array:
+    """[..., budget] as [..., blocks, tokens], filled up."""
+    blocks = pl.cdiv(entries.shape[-1], tokens)
+    widths = [(0, 0)] * (entries.ndim - 1) + [(0, blocks * tokens - entries.shape[-1])]
+    return jnp.pad(entries, widths, constant_values=empty).reshape(*entries.shape[:-1], blocks, tokens)
+
+
+def start(source: jax.Ref, destination: jax.Ref, semaphore: jax.Ref) -> None:
+    pltpu.make_async_copy(source, destination, semaphore).start()
+
+
+def wait(destination: jax.Ref, semaphore: jax.Ref) -> None:
+    """Until as many bytes have arrived as the destination has: those of one copy or of many."""
+    pltpu.make_async_copy(destination, destination, semaphore).wait()
+
+
+def interleaved(load: Load, starts: Iterator[Callable[[], None]], count: int) -> Load:
+    """`load`, each call followed by the next `count` of `starts`.
+
+    The compiler keeps loads and DMAs of one buffer in the order of the program, and moves everything else: written like
+    this, the DMAs fill the bundles in which the vector unit works on what was loaded.
+    """
+
+    def load_and_start(row: int) -> jax.Array:
+        loaded = load(row)
+        take(starts, count)
+        return loaded
+
+    return load_and_start
+
+
+def take(starts: Iterator[Callable[[], None]], count: int | None = None) -> None:
+    """Calls the next `count`, or all that are left."""
+    for one in itertools.islice(starts, count):
+        one()
+
+
+def reader(buffer: jax.Ref, slot: jax.Array, units: int, *, finite: bool = False) -> Load:
+    """Loads row r of heads of the tokens in `buffer` [slots, tokens * units, rows of a unit, lanes], as [tokens, lanes].
+
+    As `token_major.reader`, for a buffer in units: values follow the keys' rows.
+    """
+    _, length, per_unit, lanes = buffer.shape
+
+    def interpreted(row: int) -> jax.Array:  # the interpreter cannot read bfloat16 as words
+        x = buffer[slot].reshape(length // units, units * per_unit, lanes)[:, row]
+        return jnp.where(jnp.isfinite(x), x, 0) if finite else x
+
+    if dispatch.platform() != "tpu":
+        return interpreted
+
+    typed = buffer.bitcast(jnp.uint32) if per_unit == 2 else buffer  # pyright: ignore[reportAttributeAccessIssue]
+    flat = typed.reshape(buffer.shape[0] * length, lanes)
+
+    @functools.cache
+    def words(unit: int) -> jax.Array:
+        return flat[pl.ds(slot * length + unit, length // units, units if units > 1 else None), :]
+
+    def load(row: int) -> jax.Array:
+        x = words(row // per_unit)
+        if per_unit == 2:
+            # A bfloat16 is the upper half of a float32; the even row of two is the lower half of their words.
+            x = lax.bitcast_convert_type(x & jnp.uint32(0xFFFF0000) if row % 2 else x << 16, jnp.float32)
+        if finite:
+            x = jnp.where(jnp.isfinite(x), x, 0)
+        return x.astype(buffer.dtype)
+
+    return load

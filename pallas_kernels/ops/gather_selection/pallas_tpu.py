@@ -1,0 +1,166 @@
+"""gather_selection as a TPU kernel: whole tokens are fetched, of each the row of heads that asked for it is kept.
+
+The smallest piece of memory that a DMA can take out of a token-major cache is a token with all its heads. So an entry
+whose heads chose different tokens costs a fetch per head, and a choice between the fetched tokens row by row. While
+one chunk of entries is merged, the tokens of the next arrive.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.cache import KVCache, TokenMajor
+from pallas_kernels.ops.token_major import require_token_major
+
+CHUNK = 64  # entries; two chunks of fetched tokens are in VMEM: 4 MiB for 8 heads of 128 bfloat16
+UNROLLED = 16  # fetches per turn of the loop that issues them
+
+
+def gather_selection(
+    cache: KVCache,
+    positions: Int[Array, "batch kv_heads budget"],
+    into: KVCache,
+    *,
+    layer: int | Int[Array, ""],
+    rows: Bool[Array, " batch"] | None,
+) -> KVCache:
+    cache = require_token_major(cache, "gather_selection")
+    batch, kv_heads, budget = positions.shape
+    token = cache.kv.shape[3:]
+    chunk = min(CHUNK, budget)
+    chunks = pl.cdiv(budget, chunk)
+    empty = jnp.any(positions < 0, axis=1)
+    whole = empty[:, : (chunks - 1) * chunk].reshape(batch, chunks - 1, chunk)
+    last = empty[:, None, budget - chunk :]  # may begin inside the chunk before it
+    has_empty = jnp.any(jnp.concatenate([whole, last], axis=1), axis=2).astype(jnp.int32)
+    written = jnp.ones(batch, jnp.int32) if rows is None else rows.astype(jnp.int32)
+    in_place = pl.BlockSpec(memory_space=pl.ANY)
+    kv = pl.pallas_call(
+        functools.partial(_kernel, pack=cache.pack, chunk=chunk),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(batch,),
+            in_specs=[
+                pl.BlockSpec((1, kv_heads, budget), lambda row, *_: (row, 0, 0), memory_space=pltpu.SMEM),
+                in_place,
+                in_place,
+            ],
+            out_specs=in_place,
+            scratch_shapes=[
+                pltpu.VMEM((2, kv_heads, chunk, *token), cache.dtype),
+                pltpu.VMEM((chunk, *token), cache.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA,
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(into.kv.shape, into.dtype),  # pyright: ignore[reportAttributeAccessIssue]
+        input_output_aliases={5: 0},
+        name="gather_selection",
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), disable_bounds_checks=True, vmem_limit_bytes=32 * 2**20
+        ),
+    )(
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        written,
+        has_empty,
+        positions.astype(jnp.int32),
+        cache.kv,
+        into.kv,  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    return TokenMajor(kv, cache.pack)
+
+
+def _kernel(layer, written, has_empty, positions, kv, into, out, fetched, merged, arrived, stored, *, pack, chunk):
+    row = pl.program_id(0)
+    kv_heads, budget = positions.shape[1:]
+    chunks = pl.cdiv(budget, chunk)
+    per_turn = math.gcd(chunk, max(UNROLLED // kv_heads, 1))
+
+    def start_of(index):
+        return jnp.minimum(index * chunk, budget - chunk)
+
+    def fetch(index, slot):
+        def one_turn(turn, _):
+            for i in range(per_turn):
+                entry = turn * per_turn + i
+                for head in range(kv_heads):
+                    token = token_of(positions, head, start_of(index) + entry)
+                    copy = pltpu.make_async_copy(
+                        kv.at[layer[0], row, token], fetched.at[slot, head, entry], arrived.at[slot]
+                    )
+                    copy.start()
+
+        lax.fori_loop(0, chunk // per_turn, one_turn, None)
+
+    def store(index):
+        return pltpu.make_async_copy(merged, out.at[layer[0], row, pl.ds(start_of(index), chunk)], stored)
+
+    @pl.when(written[row] != 0)
+    def _():
+        fetch(0, 0)
+
+        @pl.loop(0, chunks)
+        def _(index):
+            slot = index & 1
+
+            @pl.when(index + 1 < chunks)
+            def _():
+                fetch(index + 1, 1 - slot)
+
+            wait_for_tokens(fetched, arrived, slot)
+
+            @pl.when(index > 0)
+            def _():
+                store(index - 1).wait()
+
+            _merge(fetched, slot, merged, pack)
+
+            @pl.when(has_empty[row, index] != 0)
+            def _():
+                _clear_empty(positions, start_of(index), merged, pack)
+
+            store(index).start()
+
+        store(chunks - 1).wait()
+
+
+def token_of(positions, head, entry):
+    """The slot to fetch for an entry; for an empty one any slot that exists."""
+    return jnp.maximum(positions[0, head, entry], 0)
+
+
+def wait_for_tokens(fetched, arrived, slot):
+    """One wait for all fetches of a chunk: a semaphore counts bytes, and these are as many."""
+    pltpu.make_async_copy(fetched.at[slot], fetched.at[slot], arrived.at[slot]).wait()
+
+
+def _merge(fetched, slot, merged, pack):
+    chosen = fetched[slot, 0]
+    for head in range(1, fetched.shape[1]):
+        chosen = jnp.where(_belongs_to(head, chosen.shape, pack), fetched[slot, head], chosen)
+    merged[...] = chosen
+
+
+def _clear_empty(positions, start, merged, pack):
+    def entry(index, _):
+        for head in range(positions.shape[1]):
+
+            @pl.when(positions[0, head, start + index] < 0)
+            def _(head=head):
+                token = merged[index]
+                merged[index] = jnp.where(_belongs_to(head, token.shape, pack), jnp.zeros_like(token), token)
+
+    lax.fori_loop(0, merged.shape[0], entry, None)
+
+
+def _belongs_to(head: int, shape: tuple[int, ...], pack: int) -> jax.Array:
+    """Where a token [..., 2, rows, lanes] holds a kv head."""
+    row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (len(shape) - 2, len(shape) - 1))
+    width = shape[-1] // pack
+    return (row == head // pack) & (lane // width == head % pack)
