@@ -25,11 +25,10 @@ from pallas_kernels import dispatch
 from pallas_kernels.cache import TokenMajor
 from pallas_kernels.ops.token_major import SUBLANES
 
-Load = Callable[[int], jax.Array]  # a row of heads of some tokens
-
 WORD = 4  # bytes
 LARGEST_BLOCK = 256  # tokens: enough to hide what a block costs once, few enough to write out DMA by DMA
 BLOCK_BYTES = 2 * 2**20
+PIECE = 32  # tokens loaded at a time
 
 
 def rows_per_unit(cache: TokenMajor) -> int:
@@ -79,36 +78,29 @@ def wait(destination: jax.Ref, semaphore: jax.Ref) -> None:
     pltpu.make_async_copy(destination, destination, semaphore).wait()
 
 
-def interleaved(load: Load, starts: Iterator[Callable[[], None]], count: int) -> Load:
-    """`load`, each call followed by the next `count` of `starts`.
-
-    The compiler keeps loads and DMAs of one buffer in the order of the program, and moves everything else: written like
-    this, the DMAs fill the bundles in which the vector unit works on what was loaded.
-    """
-
-    def load_and_start(row: int) -> jax.Array:
-        loaded = load(row)
-        take(starts, count)
-        return loaded
-
-    return load_and_start
-
-
 def take(starts: Iterator[Callable[[], None]], count: int | None = None) -> None:
     """Calls the next `count`, or all that are left."""
     for one in itertools.islice(starts, count):
         one()
 
 
-def reader(buffer: jax.Ref, slot: jax.Array, units: int, *, finite: bool = False) -> Load:
+def reader(
+    buffer: jax.Ref, slot: jax.Array, units: int, *, after: Callable[[int], None], finite: bool = False
+) -> Callable[[int], jax.Array]:
     """Loads row r of heads of the tokens in `buffer` [slots, tokens * units, rows of a unit, lanes], as [tokens, lanes].
 
-    As `token_major.reader`, for a buffer in units: values follow the keys' rows.
+    As `token_major.reader`, for a buffer in units: values follow the keys' rows. What is loaded is `after`: it is called
+    with the number of tokens, 1 for each unit of theirs. The compiler keeps loads and DMAs of one buffer in the order
+    of the program and moves everything else, so DMAs that `after` starts fill the bundles in which the vector and
+    matrix units work on what was loaded.
     """
     _, length, per_unit, lanes = buffer.shape
+    tokens = length // units
 
     def interpreted(row: int) -> jax.Array:  # the interpreter cannot read bfloat16 as words
-        x = buffer[slot].reshape(length // units, units * per_unit, lanes)[:, row]
+        x = buffer[slot].reshape(tokens, units * per_unit, lanes)[:, row]
+        if row % per_unit == 0:
+            after(tokens)
         return jnp.where(jnp.isfinite(x), x, 0) if finite else x
 
     if dispatch.platform() != "tpu":
@@ -119,7 +111,13 @@ def reader(buffer: jax.Ref, slot: jax.Array, units: int, *, finite: bool = False
 
     @functools.cache
     def words(unit: int) -> jax.Array:
-        return flat[pl.ds(slot * length + unit, length // units, units if units > 1 else None), :]
+        pieces = []
+        for token in range(0, tokens, PIECE):
+            count = min(PIECE, tokens - token)
+            first = slot * length + token * units + unit
+            pieces.append(flat[pl.ds(first, count, units if units > 1 else None), :])
+            after(count)
+        return jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
     def load(row: int) -> jax.Array:
         x = words(row // per_unit)

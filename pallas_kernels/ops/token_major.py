@@ -99,14 +99,18 @@ def stored(cache: TokenMajor) -> jax.Array:
 
     Keys and values are two parts. One bfloat16 row of each, though, share their words: they are one part of two rows.
     """
+    return cache.kv.reshape(*cache.kv.shape[:3], *_parts(cache))
+
+
+def _parts(cache: TokenMajor) -> tuple[int, int, int]:
     if cache.kv.shape[4] == 1 and _rows_per_word(cache.dtype) == 2:
-        return cache.kv.reshape(*cache.kv.shape[:3], 1, 2, cache.kv.shape[5])
-    return cache.kv
+        return 1, 2, cache.kv.shape[5]
+    return cache.kv.shape[3:]
 
 
 def block_shape(cache: TokenMajor, tokens: int, *, keys_only: bool = False) -> tuple[int, ...]:
     """Of a block of tokens of `stored(cache)`: with the keys alone, where they are a part of their own."""
-    parts, rows, lanes = stored(cache).shape[3:]
+    parts, rows, lanes = _parts(cache)
     return (1, 1, tokens, 1 if keys_only else parts, rows, lanes)
 
 
@@ -143,8 +147,8 @@ def reader(block: jax.Ref, some: slice, *, finite: bool = False) -> Callable[[in
     @functools.cache
     def words(word_row: int) -> jax.Array:
         typed: Any = block  # as a reference to VMEM, which has views that a Ref in general has not
-        flat = (typed.bitcast(jnp.uint32) if per_word == 2 else typed).reshape(1, 1, tokens * stride, lanes)
-        return flat[0, 0, pl.ds(some.start * stride + word_row, count, stride if stride > 1 else None), :]
+        flat = (typed.bitcast(jnp.uint32) if per_word == 2 else typed).reshape(tokens * stride, lanes)
+        return flat[pl.ds(some.start * stride + word_row, count, stride if stride > 1 else None), :]
 
     def load(row: int) -> jax.Array:
         x = words(row // per_word)

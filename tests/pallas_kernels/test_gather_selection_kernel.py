@@ -49,8 +49,8 @@ def test_a_missing_wait_is_caught(monkeypatch, getkey):
 
 
 def test_a_slot_off_by_one_is_caught(monkeypatch, getkey):
-    def next_token(positions, head, entry):
-        return jnp.minimum(jnp.maximum(positions[0, head, entry], 0) + 1, TOKENS - 1)
+    def next_token(tokens, number):
+        return jnp.minimum(tokens[0, 0, number] + 1, TOKENS - 1)
 
     monkeypatch.setattr(pallas_tpu, "token_of", next_token)
     assert difference("on_wait", getkey) > 0.1

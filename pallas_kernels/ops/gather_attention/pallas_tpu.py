@@ -101,16 +101,18 @@ def _kernel(
             yield functools.partial(fetch.start, source, destination, arrivals.at[slot])
 
     def attend(block, slot, in_use, ahead):
-        load = fetch.reader(buffer, slot, units)
+        def issue(share):
+            """Starts as many DMAs for each token that is loaded, on average."""
+            return lambda count: fetch.take(ahead, round(share * count))
+
         # In a row of several kv heads a query meets the keys of the others with zeros, and 0 x NaN is NaN.
-        load_keys = fetch.reader(buffer, slot, units, finite=True) if mixed else load
-        load_keys = fetch.interleaved(load_keys, ahead, round(SHARE_KEYS * tokens / rows))
+        load_keys = fetch.reader(buffer, slot, units, after=issue(2 * SHARE_KEYS / units), finite=mixed)
         logits = scale * token_major.times_keys(q[0], load_keys, rows)
         fetch.take(ahead, round(SHARE_SOFTMAX * tokens))
         visible = (slots[0, pl.ds(block, 1), :] >= 0) & in_use
         weights, older = running_softmax.add_block(state, logits, visible)
-        load_values = fetch.interleaved(lambda row: load(rows + row), ahead, round(SHARE_VALUES * tokens / rows))
-        added = token_major.times_values(weights, load_values, rows)
+        load = fetch.reader(buffer, slot, units, after=issue(2 * SHARE_VALUES / units))
+        added = token_major.times_values(weights, lambda row: load(rows + row), rows)
         fetch.take(ahead)
         # Before the first block has arrived the buffer holds anything, NaN included.
         sums[...] = jnp.where(in_use, older * sums[...] + added, 0.0)

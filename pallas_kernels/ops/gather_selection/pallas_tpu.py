@@ -35,10 +35,13 @@ def gather_selection(
     token = cache.kv.shape[3:]
     chunk = min(CHUNK, budget)
     chunks = pl.cdiv(budget, chunk)
-    empty = jnp.any(positions < 0, axis=1)
+    # What the scalar unit reads, in the order in which it reads it: every operation there delays a fetch.
+    tokens = jnp.maximum(positions, 0).astype(jnp.int32).swapaxes(1, 2).reshape(batch, 1, budget * kv_heads)
+    heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+    empty = jnp.sum((positions < 0).astype(jnp.int32) << heads, axis=1)  # bit h of an entry: head h has none
     whole = empty[:, : (chunks - 1) * chunk].reshape(batch, chunks - 1, chunk)
     last = empty[:, None, budget - chunk :]  # may begin inside the chunk before it
-    has_empty = jnp.any(jnp.concatenate([whole, last], axis=1), axis=2).astype(jnp.int32)
+    has_empty = jnp.any(jnp.concatenate([whole, last], axis=1) != 0, axis=2).astype(jnp.int32)
     written = jnp.ones(batch, jnp.int32) if rows is None else rows.astype(jnp.int32)
     in_place = pl.BlockSpec(memory_space=pl.ANY)
     kv = pl.pallas_call(
@@ -47,7 +50,8 @@ def gather_selection(
             num_scalar_prefetch=3,
             grid=(batch,),
             in_specs=[
-                pl.BlockSpec((1, kv_heads, budget), lambda row, *_: (row, 0, 0), memory_space=pltpu.SMEM),
+                pl.BlockSpec((1, 1, budget * kv_heads), lambda row, *_: (row, 0, 0), memory_space=pltpu.SMEM),
+                pl.BlockSpec((1, 1, budget), lambda row, *_: (row, 0, 0), memory_space=pltpu.SMEM),
                 in_place,
                 in_place,
             ],
@@ -60,7 +64,7 @@ def gather_selection(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(into.kv.shape, into.dtype),  # pyright: ignore[reportAttributeAccessIssue]
-        input_output_aliases={5: 0},
+        input_output_aliases={6: 0},
         name="gather_selection",
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), disable_bounds_checks=True, vmem_limit_bytes=32 * 2**20
@@ -69,16 +73,17 @@ def gather_selection(
         jnp.asarray(layer, jnp.int32).reshape(1),
         written,
         has_empty,
-        positions.astype(jnp.int32),
+        tokens,
+        empty[:, None, :],
         cache.kv,
         into.kv,  # pyright: ignore[reportAttributeAccessIssue]
     )
     return TokenMajor(kv, cache.pack)
 
 
-def _kernel(layer, written, has_empty, positions, kv, into, out, fetched, merged, arrived, stored, *, pack, chunk):
+def _kernel(layer, written, has_empty, tokens, empty, kv, into, out, fetched, merged, arrived, stored, *, pack, chunk):
     row = pl.program_id(0)
-    kv_heads, budget = positions.shape[1:]
+    kv_heads, budget = fetched.shape[1], empty.shape[2]
     chunks = pl.cdiv(budget, chunk)
     per_turn = math.gcd(chunk, max(UNROLLED // kv_heads, 1))
 
@@ -86,15 +91,16 @@ def _kernel(layer, written, has_empty, positions, kv, into, out, fetched, merged
         return jnp.minimum(index * chunk, budget - chunk)
 
     def fetch(index, slot):
+        first = start_of(index) * kv_heads
+
         def one_turn(turn, _):
             for i in range(per_turn):
                 entry = turn * per_turn + i
                 for head in range(kv_heads):
-                    token = token_of(positions, head, start_of(index) + entry)
-                    copy = pltpu.make_async_copy(
+                    token = token_of(tokens, first + turn * (per_turn * kv_heads) + (i * kv_heads + head))
+                    pltpu.make_async_copy(
                         kv.at[layer[0], row, token], fetched.at[slot, head, entry], arrived.at[slot]
-                    )
-                    copy.start()
+                    ).start()
 
         lax.fori_loop(0, chunk // per_turn, one_turn, None)
 
@@ -123,16 +129,16 @@ def _kernel(layer, written, has_empty, positions, kv, into, out, fetched, merged
 
             @pl.when(has_empty[row, index] != 0)
             def _():
-                _clear_empty(positions, start_of(index), merged, pack)
+                _clear_empty(empty, start_of(index), merged, pack)
 
             store(index).start()
 
         store(chunks - 1).wait()
 
 
-def token_of(positions, head, entry):
-    """The slot to fetch for an entry; for an empty one any slot that exists."""
-    return jnp.maximum(positions[0, head, entry], 0)
+def token_of(tokens, number):
+    """The slot to fetch; the heads of an entry follow each other, then the next entry."""
+    return tokens[0, 0, number]
 
 
 def wait_for_tokens(fetched, arrived, slot):
@@ -143,24 +149,23 @@ def wait_for_tokens(fetched, arrived, slot):
 def _merge(fetched, slot, merged, pack):
     chosen = fetched[slot, 0]
     for head in range(1, fetched.shape[1]):
-        chosen = jnp.where(_belongs_to(head, chosen.shape, pack), fetched[slot, head], chosen)
+        chosen = jnp.where(_head(chosen.shape, pack) == head, fetched[slot, head], chosen)
     merged[...] = chosen
 
 
-def _clear_empty(positions, start, merged, pack):
+def _clear_empty(empty, start, merged, pack):
     def entry(index, _):
-        for head in range(positions.shape[1]):
+        heads = empty[0, 0, start + index]
 
-            @pl.when(positions[0, head, start + index] < 0)
-            def _(head=head):
-                token = merged[index]
-                merged[index] = jnp.where(_belongs_to(head, token.shape, pack), jnp.zeros_like(token), token)
+        @pl.when(heads != 0)
+        def _():
+            token = merged[index]
+            merged[index] = jnp.where((heads >> _head(token.shape, pack)) & 1 == 1, jnp.zeros_like(token), token)
 
     lax.fori_loop(0, merged.shape[0], entry, None)
 
 
-def _belongs_to(head: int, shape: tuple[int, ...], pack: int) -> jax.Array:
-    """Where a token [..., 2, rows, lanes] holds a kv head."""
+def _head(shape: tuple[int, ...], pack: int) -> jax.Array:
+    """Which kv head every number of a token [..., 2, rows, lanes] belongs to."""
     row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (len(shape) - 2, len(shape) - 1))
-    width = shape[-1] // pack
-    return (row == head // pack) & (lane // width == head % pack)
+    return row * pack + lane // (shape[-1] // pack)

@@ -163,10 +163,11 @@ def _kernel(scalars, q_ref, cache_ref, o_ref, sorted_ref, out_ref, largest_ref, 
 
 def _sort_by_head(cache_ref, sorted_ref, slots: Array | None) -> None:
     """A block of the cache to [keys and values, rows, block_kv, lanes]; only so many of its `slots` exist, if given."""
-    rows = sorted_ref.shape[1]
+    rows, block_kv = sorted_ref.shape[1:3]
+    load = token_major.reader(cache_ref, slice(0, block_kv))
     for row in range(rows):
-        sorted_ref[0, row] = token_major.load_row(cache_ref, row)
-        values = token_major.load_row(cache_ref, rows + row)
+        sorted_ref[0, row] = load(row)
+        values = load(rows + row)
         if slots is not None:
             # Past the end of the cache may be NaN, and NaN times a weight of 0 is NaN. Keys there are never seen.
             exists = lax.broadcasted_iota(jnp.int32, values.shape, 0) < slots

@@ -58,7 +58,7 @@ def _attend(
             grid=(batch, blocks),
             in_specs=[
                 of_row,
-                pl.BlockSpec(block.shape, lambda row, step, layer: (layer[0], row, step, 0, 0, 0)),
+                pl.BlockSpec(block.shape, block_of_step),
                 pl.BlockSpec(validity.shape, lambda row, step, layer: (row, 0, step)),
             ],
             out_specs=of_row,
@@ -86,6 +86,11 @@ def _attend_backward(scale, tokens, inputs, cotangent):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def block_of_step(row: jax.Array, step: jax.Array, layer: jax.Ref) -> tuple[jax.Array | int, ...]:
+    """Index map of a block of entries, over a grid (batch, blocks)."""
+    return layer[0], row, step, 0, 0, 0
 
 
 def _kernel(layer, q, kv, valid, out, state, sums, *, rows, capacity, mixed, scale):
