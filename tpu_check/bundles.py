@@ -43,12 +43,14 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Loop:
-    """`bundles` and `transfers` of its body without those of inner loops; `trips` None: not a constant in the code."""
+    """`bundles` and `transfers` of its body without those of inner loops; `trips` None: not a constant in the code.
+    `grid`: a pipeline over blocks, whose number is known."""
 
     bundles: int
     trips: int | None
     transfers: tuple[Transfer, ...] = ()
     inner: tuple["Loop", ...] = ()
+    grid: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,14 @@ class Cost:
         return Cost(self.bundles * trips, self.bytes * trips, self.unknown, parts)
 
 
-def cost(computation: Computation, runs: Sequence[float] = ()) -> Cost:
-    """What one run of the computation costs. `runs` are for the loops whose trip counts are not constants, in the order
-    of their first bundles: how often each one's body runs in all, on both cores together if the computation is split.
+def cost(computation: Computation, runs: Sequence[float | None] = ()) -> Cost:
+    """What one run of the computation costs.
+
+    `runs` has an entry for every loop but pipelined grids, in the order of their first bundles: how often its body runs
+    in all, on both cores together if the computation is split, or None where the constant in the code will do. With
+    another number of entries it does not fit the code and is left aside.
     """
-    given = iter(runs)
+    given = iter(runs if len(runs) == _count(computation.root) else ())
     unknown = 0
     cores = 2 if computation.split else 1
 
@@ -95,18 +100,23 @@ def cost(computation: Computation, runs: Sequence[float] = ()) -> Cost:
         bundles = loop.bundles * times
         moved = sum(_moved(transfer, times * cores) for transfer in loop.transfers)
         for inner in loop.inner:
-            if inner.trips is None:
-                in_all = next(given, None)
-                unknown += in_all is None
-                below = walk(inner, times if in_all is None else in_all / cores)
+            in_all = None if inner.grid else next(given, None)
+            if in_all is not None:
+                inside = in_all / cores
             else:
-                below = walk(inner, times * inner.trips)
+                unknown += inner.trips is None
+                inside = times * (1 if inner.trips is None else inner.trips)
+            below = walk(inner, inside)
             bundles, moved = bundles + below[0], moved + below[1]
         return bundles, moved
 
     bundles, moved = (round(figure) for figure in walk(computation.root, 1))
     names = (f"{computation.name} ({unknown})",) if unknown else ()
     return Cost(bundles, moved, names, ((computation.name, bundles),))
+
+
+def _count(loop: Loop) -> int:
+    return sum((not inner.grid) + _count(inner) for inner in loop.inner)
 
 
 def _moved(transfer: Transfer, times: float) -> float:
@@ -195,12 +205,14 @@ def _loop(bundles: list[_Bundle], span: _Span, constants: "_Constants") -> Loop:
     own = [bundles[i] for i in range(span.first, span.last + 1) if i not in inside]
     text = "\n".join(bundle.text for bundle in own)
     trips = constants.trips(span.predicate) if span.predicate else 1
-    if trips is not None and span.predicate:
-        grids = {_product(bounds) for bounds in _ITERATIONS.findall(text)}
-        trips = max((grid for grid in grids if 0 <= trips - grid <= _PIPELINE_STAGES), default=trips)
+    grids: list[int] = []
+    if span.predicate and trips is not None:
+        bounds = (_product(found) for found in _ITERATIONS.findall(text))
+        grids = [grid for grid in bounds if 0 <= trips - grid <= _PIPELINE_STAGES]
+        trips = max(grids, default=trips)
     inner = tuple(_loop(bundles, part, constants) for part in span.inner)
     transfers = tuple(transfer for bundle in own for transfer in _transfers(bundle.text))
-    return Loop(len(own), trips, transfers, inner)
+    return Loop(len(own), trips, transfers, inner, bool(grids))
 
 
 def _transfers(text: str) -> Iterator[Transfer]:

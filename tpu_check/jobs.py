@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_LOG_DIR": "disabled",
+    # nobody holds a TPU here, so another process with the compiler loaded is no reason to stop
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 

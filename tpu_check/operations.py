@@ -24,12 +24,14 @@ def operations() -> Iterator[Program]:
             yield Program("decode_attention", model, batch, "", _decode_attention, _STREAMING, short=batch == 1)
             yield Program("token_scores", model, batch, "", _token_scores, _STREAMING, short=batch == 1)
             yield Program("selection_attention", model, batch, "", _selection_attention, _STREAMING, short=batch == 1)
-            yield Program("select_tokens", model, batch, "per head", _select(), {"select": 0.15}, short=first)
             yield Program("gather_attention", model, batch, "shared", _gather(1), {"bundles_per_token": 5}, short=first)
+    # The scores of the two models have the same shape.
+    for batch in (1, 8):
+        yield Program("select_tokens", "8B", batch, "per head", _select(), {"select": 0.15}, short=batch == 1)
+    yield Program("select_tokens", "8B", 1, "unordered", _select(ordered=False))
+    yield Program("select_tokens", "8B", 1, "shared by vote", _select(shared="sum"))
     for model in ("8B", "1B"):
         yield Program("decode_attention", model, 1, "with scores", _decode_attention_with_scores)
-        yield Program("select_tokens", model, 1, "unordered", _select(ordered=False))
-        yield Program("select_tokens", model, 1, "shared by vote", _select(shared="sum"))
         yield Program("gather_attention", model, 1, "per head", _gather(None))
         yield Program("gather_selection", model, 1, "per head", _gather_selection, short=model == "8B")
         yield Program("page_scores", model, 1, f"pages of {_PAGE}", _page_scores)

@@ -1,7 +1,9 @@
-"""What the dump does not tell: how often the loops of a kernel run whose trip counts it computes itself.
+"""What the dump does not tell: how often the loops of a kernel run whose trip counts it computes itself, or that are
+skipped most of the time.
 
 By the kernel's name, for a batch of the shapes in `programs`, whose slots are all in use; in the order of the loops in
-the code (`bundles.cost`). A kernel with such a loop that is missing here is reported as unknown.
+the code, None for what the code tells (`bundles.cost`). A kernel that computes a trip count and is missing here, or has
+another number of loops, is reported as unknown.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,26 +14,36 @@ from pallas_kernels.cache import LANES
 from pallas_kernels.ops.prefill_attention.pallas_tpu import CACHE_SLOTS, query_block
 from tpu_check.programs import BUDGET, DTYPE, MODELS, PREFILL, TOKENS
 
+type Runs = Sequence[float | None]
 
-def _scores(batch: int) -> Sequence[float]:
+
+def _scores(batch: int) -> Runs:
     """After a row's last block, tile by tile: scores from logits, and none to fill up with zeros."""
     return batch * TOKENS / LANES, 0
 
 
-def _sort(batch: int) -> Sequence[float]:
-    """For the 8 kv heads of a row: every register of slots looks for its keys in 2 groups of slots (they stand in order,
-    and are taken to be spread evenly), then a bitonic network's 1 + 2 + .. + 12 steps."""
-    bits = (BUDGET - 1).bit_length()
-    return batch * 2 * BUDGET / LANES, batch * bits * (bits + 1) / 2
+def _sort(batch: int) -> Runs:
+    """For the 8 kv heads of a row: each register of slots looks for its keys in 2 groups of slots (they stand in order,
+    and are taken to be spread evenly); then a bitonic network, where distance 2^d is compared in bits - d steps, among
+    registers or, from 2^5 on, among lanes, in 2 pieces."""
+    registers, bits = BUDGET // LANES, (BUDGET - 1).bit_length()
+    steps = [batch * (bits - distance) for distance in range(bits)]
+    within = registers.bit_length() - 1
+    fetch = (batch * registers, batch * registers * 2)
+    network = (batch * bits, sum(steps), *(2 * step for step in steps[:within]), 2 * sum(steps[within:]))
+    return *fetch, *network
 
 
-def _prefill(batch: int) -> Sequence[float]:
-    """The grid itself, which ends where the chunk does."""
-    block = query_block(MODELS["8B"].query_heads, PREFILL, jnp.dtype(DTYPE).itemsize)
-    return (batch * (PREFILL / block) * (TOKENS / CACHE_SLOTS),)
+def _prefill(batch: int) -> Runs:
+    """The grid itself, which ends where the chunk does, and in it the 8 rows of a block of the cache: one that all
+    queries see, or one that only some do, the last of each block of queries."""
+    queries = PREFILL / query_block(MODELS["8B"].query_heads, PREFILL, jnp.dtype(DTYPE).itemsize)
+    steps = batch * queries * TOKENS / CACHE_SLOTS
+    diagonal, rows = batch * queries, 8
+    return steps, rows * (steps - diagonal), rows * diagonal
 
 
-RUNS: Mapping[str, Callable[[int], Sequence[float]]] = {
+RUNS: Mapping[str, Callable[[int], Runs]] = {
     "decode_attention": _scores,
     "token_scores": _scores,
     "select_sort": _sort,

@@ -42,17 +42,17 @@ def units_per_token(cache: TokenMajor) -> int:
 
 
 def in_units(cache: TokenMajor) -> jax.Array:
-    """The whole stack as [units, rows of a unit, lanes], a view: on TPU all have the bytes in the same order."""
-    return cache.kv.reshape(-1, rows_per_unit(cache), cache.kv.shape[5])
+    """The whole stack as [units, rows of a unit, lanes], a view.
 
-
-def first_units(
-    cache: TokenMajor, positions: Int[Array, "batch heads budget"], layer: int | Int[Array, ""]
-) -> Int[Array, "batch heads budget"]:
-    """Where in `in_units` the tokens at these slots begin; those of slot 0 where there is none."""
-    row = layer * cache.batch + jnp.arange(cache.batch, dtype=jnp.int32)
-    token = row[:, None, None] * cache.capacity + jnp.maximum(positions, 0).astype(jnp.int32)
-    return token * units_per_token(cache)
+    Raises:
+        NotImplementedError: on TPU the tiles of the cache are padded, so it would be copied.
+    """
+    rows, lanes = cache.kv.shape[4:]
+    if dispatch.platform() == "tpu" and rows > SUBLANES and rows % SUBLANES:
+        raise NotImplementedError(
+            f"fetching tokens on TPU needs at most {SUBLANES} rows of heads or a multiple of {SUBLANES}, got {rows}"
+        )
+    return cache.kv.reshape(-1, rows_per_unit(cache), lanes)
 
 
 def block_tokens(cache: TokenMajor, budget: int) -> int:
@@ -62,11 +62,22 @@ def block_tokens(cache: TokenMajor, budget: int) -> int:
     return min(most, pl.cdiv(budget, SUBLANES) * SUBLANES)
 
 
-def in_blocks(entries: jax.Array, tokens: int, empty: int) -> jax.Array:
-    """[..., budget] as [..., blocks, tokens], filled up."""
-    blocks = pl.cdiv(entries.shape[-1], tokens)
-    widths = [(0, 0)] * (entries.ndim - 1) + [(0, blocks * tokens - entries.shape[-1])]
-    return jnp.pad(entries, widths, constant_values=empty).reshape(*entries.shape[:-1], blocks, tokens)
+def in_blocks(positions: Int[Array, "batch heads budget"], tokens: int) -> Int[Array, "batch heads blocks {tokens}"]:
+    """The slots block by block; the last block is filled up with empty entries."""
+    batch, heads, budget = positions.shape
+    blocks = pl.cdiv(budget, tokens)
+    widths = ((0, 0), (0, 0), (0, blocks * tokens - budget))
+    filled = jnp.pad(positions.astype(jnp.int32), widths, constant_values=-1)
+    return filled.reshape(batch, heads, blocks, tokens)
+
+
+def first_units(
+    cache: TokenMajor, slots: Int[Array, "batch heads blocks tokens"], layer: int | Int[Array, ""]
+) -> Int[Array, "batch heads blocks tokens"]:
+    """Where in `in_units` the tokens in these slots of a layer begin; those in slot 0 where an entry is empty."""
+    row = layer * cache.batch + jnp.arange(cache.batch, dtype=jnp.int32)
+    token = row[:, None, None, None] * cache.capacity + jnp.maximum(slots, 0)
+    return token * units_per_token(cache)
 
 
 def start(source: jax.Ref, destination: jax.Ref, semaphore: jax.Ref) -> None:

@@ -97,15 +97,17 @@ def write_scores(scores: jax.Ref, kept: jax.Ref, state: Running, length: jax.Arr
     def store(tile: jax.Array | int, values: jax.Array) -> None:
         scores[0, :, pl.ds(pl.multiple_of(jnp.asarray(tile) * LANES, LANES), LANES)] = values
 
-    @pl.loop(0, in_use)
-    def _(together):
-        for tile in range(TILES_TOGETHER):
-            store(together * TILES_TOGETHER + tile, probabilities(together * TILES_TOGETHER + tile))
+    if groups:
 
-    @pl.loop(in_use, groups)
-    def _(together):
-        for tile in range(TILES_TOGETHER):
-            store(together * TILES_TOGETHER + tile, jnp.zeros((kv_heads, LANES), jnp.float32))
+        @pl.loop(0, in_use)
+        def _(together):
+            for tile in range(TILES_TOGETHER):
+                store(together * TILES_TOGETHER + tile, probabilities(together * TILES_TOGETHER + tile))
+
+        @pl.loop(in_use, groups)
+        def _(together):
+            for tile in range(TILES_TOGETHER):
+                store(together * TILES_TOGETHER + tile, jnp.zeros((kv_heads, LANES), jnp.float32))
 
     for tile in range(groups * TILES_TOGETHER, tiles):
         store(tile, probabilities(tile))

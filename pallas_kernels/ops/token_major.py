@@ -103,9 +103,8 @@ def stored(cache: TokenMajor) -> jax.Array:
 
 
 def _parts(cache: TokenMajor) -> tuple[int, int, int]:
-    if cache.kv.shape[4] == 1 and _rows_per_word(cache.dtype) == 2:
-        return 1, 2, cache.kv.shape[5]
-    return cache.kv.shape[3:]
+    parts, rows, lanes = cache.kv.shape[3:]
+    return (1, 2, lanes) if rows == 1 and _rows_per_word(cache.dtype) == 2 else (parts, rows, lanes)
 
 
 def block_shape(cache: TokenMajor, tokens: int, *, keys_only: bool = False) -> tuple[int, ...]:

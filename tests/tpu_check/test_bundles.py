@@ -60,7 +60,7 @@ def test_nested_loops():
     assert (root.bundles, root.trips) == (2, 1)
     (grid,) = root.inner
     # 0x1 to 0x20 without the 14 bundles 0x4 to 0x11 and the 6 bundles 0x13 to 0x18; 4 steps, not the 6 of the exit test
-    assert (grid.bundles, grid.trips) == (32 - 14 - 6, 4)
+    assert (grid.bundles, grid.trips, grid.grid) == (32 - 14 - 6, 4, True)
     outer, dynamic = grid.inner
     assert (outer.bundles, outer.trips) == (14 - 8, 31)
     assert outer.inner == (Loop(8, 16),)
@@ -72,9 +72,17 @@ def test_cost_counts_every_trip_and_names_what_it_cannot():
     kernel = parse("kernel.1", NESTED)
     bundles = 2 + 4 * (12 + 31 * (6 + 16 * 8) + 6)
     assert cost(kernel) == Cost(bundles, 4 * FETCHED, ("kernel.1 (1)",), (("kernel.1", bundles),))
-    given = cost(kernel, (10,))  # in all, and not for each of the 4 grid steps
+    given = cost(kernel, (None, None, 10))  # in all, and not for each of the 4 grid steps
     assert given.unknown == ()
     assert given.bundles == bundles + (10 - 4) * 6
+    skipped = cost(kernel, (3, None, 10))  # a constant in the code can be overruled
+    assert given.bundles - skipped.bundles == (4 * 31 - 3) * (6 + 16 * 8)
+
+
+@pytest.mark.parametrize("runs", [(10,), (None, None, 10, 10)])
+def test_runs_of_other_code_are_left_aside(runs):
+    kernel = parse("kernel.1", NESTED)
+    assert cost(kernel, runs) == cost(kernel)
 
 
 def test_a_loop_without_a_constant_counter_is_unknown():
@@ -119,7 +127,7 @@ def test_two_cores_move_twice_the_bytes_of_one():
     assert both.split
     assert cost(both).bytes == 8 * FETCHED
     # and share the runs that are given
-    assert cost(both, (10,)).bundles == cost(parse("k", by_hand), (5,)).bundles
+    assert cost(both, (None, None, 10)).bundles == cost(parse("k", by_hand), (None, None, 5)).bundles
     leaves = asks + "  ;;  %p60_p0 = scmp.ne.s32.totalorder %s60_s60, 0  ;;  %15 = sbr.rel (%p60_p0) target = $region4"
     one = parse("k", by_hand.replace(first, leaves))
     assert not one.split

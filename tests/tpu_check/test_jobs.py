@@ -83,7 +83,7 @@ def test_a_compile_that_does_not_end_becomes_a_row(child):
 
 
 def test_figures_of_a_compiled_program(monkeypatch):
-    monkeypatch.setitem(RUNS, "attend", lambda batch: (10 * batch,))
+    monkeypatch.setitem(RUNS, "attend", lambda batch: (None, None, 10 * batch))
     cache = empty_cache("token_major", layers=2, batch=1, kv_heads=8, capacity=1024, head_dim=128, dtype=jnp.bfloat16)
     built = Built(
         lambda cache: cache,

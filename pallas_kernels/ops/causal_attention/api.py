@@ -25,8 +25,8 @@ def causal_attention(
 
     Padding at the end of a row cannot be seen by the tokens before it, so ragged rows need no lengths; what
     comes out at padding is to be ignored. Memory beside arguments and result: a sixteenth of the tokens x
-    tokens logits at a time in `xla`, forward and backward; all of them in `reference`; none in `pallas_tpu`, which is
-    JAX's splash attention and keeps 512 bytes per query head and token for the backward pass.
+    tokens logits at a time in `xla`, forward and backward; all of them in `reference`; none in `pallas_tpu`,
+    JAX's splash attention, which when differentiated writes 512 bytes per token and query head beside its output.
 
     Args:
         q, k, v: the whole sequence.

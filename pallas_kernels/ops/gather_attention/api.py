@@ -5,11 +5,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.cache import KVCache
 from pallas_kernels.checks import check_cache, check_positions, check_query
-from pallas_kernels.ops.gather_attention import reference, xla
+from pallas_kernels.ops.gather_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.gather_attention,
     "xla": xla.gather_attention,
+    "pallas_tpu": pallas_tpu.gather_attention,
 }
 
 

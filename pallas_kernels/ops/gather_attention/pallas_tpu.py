@@ -36,11 +36,10 @@ def gather_attention(
     cache = token_major.require_token_major(cache, "gather_attention")
     expanded = token_major.expand_queries(q, cache)
     batch, query_heads, lanes = expanded.shape
-    heads, budget = positions.shape[1:]
-    tokens = tokens or fetch.block_tokens(cache, budget)
+    heads = positions.shape[1]
+    tokens = tokens or fetch.block_tokens(cache, positions.shape[2])
     units = fetch.units_per_token(cache)
-    first_units = fetch.in_blocks(fetch.first_units(cache, positions, layer), tokens, empty=0)
-    slots = fetch.in_blocks(positions.astype(jnp.int32), tokens, empty=-1)
+    slots = fetch.in_blocks(positions, tokens)
     lists, blocks = batch * heads, slots.shape[2]
 
     out = pl.pallas_call(
@@ -69,7 +68,7 @@ def gather_attention(
     )(
         expanded,
         slots.reshape(lists, blocks, tokens),
-        first_units.reshape(lists, blocks, 1, tokens),
+        fetch.first_units(cache, slots, layer).reshape(lists, blocks, 1, tokens),
         fetch.in_units(cache),
     )
     return token_major.collect_heads(_own(out.reshape(batch, heads, query_heads, lanes)), cache)
@@ -84,7 +83,23 @@ def _own(out: Float[Array, "batch heads query_heads lanes"]) -> Float[Array, "ba
 
 
 def _kernel(
-    q, slots, first_units, kv, out, buffer, arrivals, first, arrival, state, sums, *, tokens, blocks, units, mixed, scale
+    q,
+    slots,
+    first_units,
+    kv,
+    out,
+    buffer,
+    arrivals,
+    first,
+    arrival,
+    state,
+    sums,
+    *,
+    tokens,
+    blocks,
+    units,
+    mixed,
+    scale,
 ):
     this = pl.program_id(0)
     rows = units * buffer.shape[2] // 2
