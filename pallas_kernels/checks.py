@@ -16,7 +16,7 @@ from pallas_kernels.cache import HeadMajor, KVCache, TokenMajor
 GROUP_REDUCTIONS = ("max", "mean", "sum")
 
 
-def check_cache(cache: KVCache, layer: int | Int[Array, ""], *, name: str = "cache") -> None:
+def check_cache(cache: Any, layer: int | Int[Array, ""], *, name: str = "cache") -> None:
     """The arrays of a cache fit each other and it has the layer."""
     if isinstance(cache, HeadMajor):
         if cache.k.ndim != 5:

@@ -212,7 +212,9 @@ def _loop(bundles: list[_Bundle], span: _Span, constants: "_Constants") -> Loop:
         trips = max(grids, default=trips)
     inner = tuple(_loop(bundles, part, constants) for part in span.inner)
     transfers = tuple(transfer for bundle in own for transfer in _transfers(bundle.text))
-    return Loop(len(own), trips, transfers, inner, bool(grids))
+    # A grid over blocks that lie in VMEM already has no transfers that would give its bounds.
+    grid = trips is not None and (bool(grids) or "iteration index, stage" in bundles[span.first].text)
+    return Loop(len(own), trips, transfers, inner, grid)
 
 
 def _transfers(text: str) -> Iterator[Transfer]:

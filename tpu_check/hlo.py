@@ -9,7 +9,7 @@ from tpu_check.bundles import Cost
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.<>-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.<>-]+) = (.*)$")
-_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+_SHAPE = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](\{[^}]*\})?")
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
 # What may have the shape of the cache without being a copy of it: names for what exists already, and updates in place.
@@ -36,11 +36,14 @@ _NO_COPY = frozenset(
 
 @dataclass(frozen=True)
 class Instruction:
-    """`name = shape opcode(operands), attributes`; of a tuple, `dims` are those of every part."""
+    """`name = shape opcode(operands), attributes`; `dims`, `sizes` (bytes) and `in_vmem` are those of every part of a
+    tuple."""
 
     name: str
     opcode: str
     dims: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    in_vmem: tuple[bool, ...]
     text: str  # from the operands on
     root: bool
 
@@ -95,8 +98,13 @@ def _instruction(name: str, text: str, *, root: bool) -> Instruction:
     end = _balanced(text) if text.startswith("(") else text.find(" ")
     shape, rest = text[:end], text[end:].lstrip()
     opcode, _, operands = rest.partition("(")
-    dims = tuple(tuple(int(d) for d in found.split(",") if d) for found in _SHAPE.findall(shape))
-    return Instruction(name, opcode, dims, operands, root)
+    parts = [
+        (kind, bits, tuple(int(d) for d in dims.split(",") if d), place)
+        for kind, bits, dims, place in _SHAPE.findall(shape)
+    ]
+    sizes = tuple(math.prod(dims) * int(bits or 8) // 8 for _, bits, dims, _ in parts)  # pred has no number and a byte
+    in_vmem = tuple("S(1)" in place for *_, place in parts)
+    return Instruction(name, opcode, tuple(dims for _, _, dims, _ in parts), sizes, in_vmem, operands, root)
 
 
 def _balanced(text: str) -> int:
@@ -125,10 +133,19 @@ def total(module: Module, cost_of: Callable[[str], Cost | None]) -> Cost:
             elif instruction.opcode == "call":
                 result += of(instruction.attribute("to_apply") or "")
             else:
-                result += cost_of(instruction.name) or Cost()
+                result += Cost(bytes=_prefetched(instruction)) + (cost_of(instruction.name) or Cost())
         return result
 
     return of(module.entry)
+
+
+def _prefetched(instruction: Instruction) -> int:
+    """Bytes that the program itself moves between HBM and VMEM, before or after the computation that needs them."""
+    # (destination, source, context) and (source, destination, context)
+    which = {"copy-start": 0, "slice-start": 1}.get(instruction.opcode)
+    if which is None or instruction.in_vmem[0] == instruction.in_vmem[1]:
+        return 0
+    return instruction.sizes[which]
 
 
 def _trips(module: Module, loop: Instruction) -> int | None:

@@ -13,6 +13,7 @@ Where an entry is empty, slot 0 is fetched: a fetch costs less than the branch a
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from jaxtyping import Array, Int
 from pallas_kernels import dispatch
 from pallas_kernels.cache import TokenMajor
 from pallas_kernels.ops.token_major import SUBLANES
+
+View = Any  # a reference or a part of one
 
 WORD = 4  # bytes
 LARGEST_BLOCK = 256  # tokens: enough to hide what a block costs once, few enough to write out DMA by DMA
@@ -80,13 +83,22 @@ def first_units(
     return token * units_per_token(cache)
 
 
-def start(source: jax.Ref, destination: jax.Ref, semaphore: jax.Ref) -> None:
+def start(source: View, destination: View, semaphore: View) -> None:
     pltpu.make_async_copy(source, destination, semaphore).start()
 
 
-def wait(destination: jax.Ref, semaphore: jax.Ref) -> None:
+def wait(destination: View, semaphore: View) -> None:
     """Until as many bytes have arrived as the destination has: those of one copy or of many."""
     pltpu.make_async_copy(destination, destination, semaphore).wait()
+
+
+def starts(kv: View, first_units: View, destination: View, semaphore: View) -> Iterator[Callable[[], None]]:
+    """For each token of a block what starts its DMA, from `in_units` to [tokens * units, rows of a unit, lanes]."""
+    tokens = first_units.shape[1]
+    units = destination.shape[0] // tokens
+    for token in range(tokens):
+        source = kv.at[pl.ds(first_units[0, token], units)]
+        yield functools.partial(start, source, destination.at[pl.ds(token * units, units)], semaphore)
 
 
 def take(starts: Iterator[Callable[[], None]], count: int | None = None) -> None:
@@ -96,14 +108,14 @@ def take(starts: Iterator[Callable[[], None]], count: int | None = None) -> None
 
 
 def reader(
-    buffer: jax.Ref, slot: jax.Array, units: int, *, after: Callable[[int], None], finite: bool = False
+    buffer: jax.Ref, slot: int | jax.Array, units: int, *, after: Callable[[int], None], finite: bool = False
 ) -> Callable[[int], jax.Array]:
-    """Loads row r of heads of the tokens in `buffer` [slots, tokens * units, rows of a unit, lanes], as [tokens, lanes].
+    """Loads row r of heads of the tokens in a slot of `buffer` [slots, tokens * units, rows of a unit, lanes].
 
-    As `token_major.reader`, for a buffer in units: values follow the keys' rows. What is loaded is `after`: it is called
-    with the number of tokens, 1 for each unit of theirs. The compiler keeps loads and DMAs of one buffer in the order
-    of the program and moves everything else, so DMAs that `after` starts fill the bundles in which the vector and
-    matrix units work on what was loaded.
+    As `token_major.reader`, [tokens, lanes] with the values' rows behind the keys', but for a buffer in units. After
+    each load from memory `after` is called with its number of tokens; in all that is `tokens` for each unit. The
+    compiler keeps loads and DMAs of one buffer in the order of the program and moves everything else, so DMAs that
+    `after` starts fill the bundles in which the vector and matrix units work on what was loaded.
     """
     _, length, per_unit, lanes = buffer.shape
     tokens = length // units
@@ -117,7 +129,9 @@ def reader(
     if dispatch.platform() != "tpu":
         return interpreted
 
-    typed = buffer.bitcast(jnp.uint32) if per_unit == 2 else buffer  # pyright: ignore[reportAttributeAccessIssue]
+    typed: Any = buffer
+    if per_unit == 2:
+        typed = typed.bitcast(jnp.uint32)
     flat = typed.reshape(buffer.shape[0] * length, lanes)
 
     @functools.cache

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import (
-    HeadMajor,
     causal_attention,
     decode_attention,
+    empty_cache,
     gather_attention,
     prefill_attention,
     token_scores,
@@ -23,9 +23,9 @@ LENGTHS = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
 CACHE_ELEMENTS = BATCH * KV_HEADS * TOKENS * HEAD_DIM
 
 
-def cache(dtype, batch=BATCH, tokens=TOKENS, head_dim=HEAD_DIM, layers=1):
-    layer = jax.ShapeDtypeStruct((layers, batch, KV_HEADS, tokens, head_dim), dtype)
-    return HeadMajor(layer, layer)
+def cache(dtype, batch=BATCH, tokens=TOKENS, head_dim=HEAD_DIM):
+    shape = {"layers": 1, "batch": batch, "kv_heads": KV_HEADS, "capacity": tokens, "head_dim": head_dim}
+    return jax.eval_shape(lambda: empty_cache("head_major", dtype=dtype, **shape))
 
 
 def compile_xla(operation, *args, **options):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import (
@@ -84,7 +85,7 @@ OPERATIONS = tuple(arguments("head_major", lambda: jax.random.key(0)))
 def test_every_operation_runs_sharded(operation, implementation, layout, getkey):
     function, args, in_specs, out_specs = arguments(layout, getkey)[operation]
     function = functools.partial(function, implementation=implementation)
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"))
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     # The interpreter's kernels say nothing of how their outputs vary over the mesh, so that check is off.
     sharded = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     with interpreted() if implementation == "pallas_tpu" else contextlib.nullcontext():

@@ -37,18 +37,19 @@ def random_sequence(kv_heads, group, head_dim, dtype, tokens, getkey):
     return q, k, v
 
 
+def out_and_gradients(q, k, v, seed, *, implementation):
+    out, pullback = jax.vjp(functools.partial(causal_attention, implementation=implementation), q, k, v)
+    return out, *pullback(seed)
+
+
 @pytest.mark.parametrize("shape", SEQUENCES, ids=str)
 @pytest.mark.parametrize("implementation", sorted(set(CAUSAL) - {"reference"}))
 def test_causal_attention_and_its_gradients_match_oracle(implementation, shape, getkey):
     q, k, v = random_sequence(*shape, getkey)
     seed = normal(getkey(), q.shape, q.dtype)  # a cotangent that differs in every entry
 
-    def out_and_gradients(q, k, v, seed, *, implementation):
-        out, pullback = jax.vjp(functools.partial(causal_attention, implementation=implementation), q, k, v)
-        return out, *pullback(seed)
-
-    actual = jax.jit(functools.partial(out_and_gradients, implementation=implementation))(q, k, v, seed)
-    expected = jax.jit(functools.partial(out_and_gradients, implementation="reference"))(q, k, v, seed)
+    actual = jitted(out_and_gradients, implementation=implementation)(q, k, v, seed)
+    expected = jitted(out_and_gradients, implementation="reference")(q, k, v, seed)
     for name, a, e in zip(("out", "q", "k", "v"), actual, expected, strict=True):
         # Gradients are sums over up to `tokens` terms: their tolerance is relative to the largest entry.
         largest = max(1.0, float(jnp.max(jnp.abs(e)))) if name != "out" else 1.0
@@ -61,7 +62,7 @@ def test_causal_attention_worked_by_hand(implementation):
     q = jnp.ones((1, 1, 3, 1))
     k = jnp.log(jnp.array([[[[1.0], [2.0], [5.0]]]]))
     v = jnp.array([[[[3.0], [6.0], [8.0]]]])
-    out = causal_attention(q, k, v, scale=1.0, implementation=implementation)
+    out = jitted(causal_attention, scale=1.0, implementation=implementation)(q, k, v)
     np.testing.assert_allclose(out[0, 0, :, 0], [3, (3 + 2 * 6) / 3, (3 + 2 * 6 + 5 * 8) / 8], rtol=1e-6)
 
 

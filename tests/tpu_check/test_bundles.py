@@ -114,6 +114,15 @@ def test_a_window_is_moved_no_oftener_than_its_array_is_large():
     assert cost(in_vmem).bytes == 0
 
 
+def test_a_grid_over_blocks_in_vmem_is_a_grid_too():
+    text = NESTED.replace("iteration_bounds", "bounds")
+    assert not parse("k", text).root.inner[0].grid
+    marked = text.replace(
+        "%s3_s2 = sphi %s1_s0, %s9_s2", "%s3_s2 = sphi %s1_s0, %s9_s2 /* iteration index, stage = 0 */"
+    )
+    assert parse("k", marked).root.inner[0].grid
+
+
 def test_a_size_in_a_register_is_that_of_the_window():
     kernel = parse("k", NESTED.replace("/*size_in_granules=*/2048", "/*size_in_granules=*/%s9_s9"))
     assert kernel.root.inner[0].transfers == (Transfer(16 * 4096, 64 * 4096),)

@@ -81,6 +81,21 @@ def test_a_loop_with_a_bound_that_is_not_constant_is_named():
     assert hlo.total(hlo.parse(text), COSTS.get) == Cost(100 + 70, 1000 + 10, ("while.1",))
 
 
+@pytest.mark.parametrize(
+    ("instruction", "moved"),
+    [
+        ("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, bf16[8,128]{1,0}, u32[]{:S(2)}) copy-start(%x)", 2 * 8 * 128),
+        ("(f32[8,128]{1,0}, f32[8,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%x)", 4 * 8 * 128),
+        ("((pred[9,128]{1,0}), pred[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x)", 8 * 128),
+        ("(f32[8,128]{1,0}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%x)", 0),
+        ("f32[8,128]{1,0:S(1)} copy-done(%x)", 0),
+    ],
+)
+def test_what_the_program_fetches_ahead_is_moved_too(instruction, moved):
+    text = MODULE.replace("  %choice.1", f"  %c.1 = {instruction}\n  %choice.1")
+    assert hlo.total(hlo.parse(text), COSTS.get).bytes == 2 * 1000 + 10 + moved
+
+
 def test_an_update_in_place_is_no_copy():
     assert copies(MODULE) == []
 

@@ -7,6 +7,7 @@ token anyway, and issuing it takes longer than the products.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,17 @@ from pallas_kernels.ops import fetch, running_softmax, token_major
 # Which share of a block's DMAs is issued between the loads of keys, during the softmax, and between the loads of
 # values; the rest ends with the last product. Tried on the bundles of four chips.
 SHARE_KEYS, SHARE_SOFTMAX, SHARE_VALUES = 0.4, 0.12, 0.3
+
+
+class Scratch(NamedTuple):
+    """What a list of slots needs; in a kernel, references."""
+
+    tokens: Any  # two blocks: [2, tokens * units, rows of a unit, lanes]
+    tokens_came: Any  # a semaphore for each
+    units: Any  # [1, tokens]: where the tokens of a block begin, for the scalar unit
+    units_came: Any
+    softmax: running_softmax.Running
+    sums: Any  # [query_heads, lanes] float32: weighted values so far
 
 
 def gather_attention(
@@ -38,14 +50,11 @@ def gather_attention(
     batch, query_heads, lanes = expanded.shape
     heads = positions.shape[1]
     tokens = tokens or fetch.block_tokens(cache, positions.shape[2])
-    units = fetch.units_per_token(cache)
     slots = fetch.in_blocks(positions, tokens)
     lists, blocks = batch * heads, slots.shape[2]
-
+    block_shape = (2, tokens * fetch.units_per_token(cache), fetch.rows_per_unit(cache), lanes)
     out = pl.pallas_call(
-        functools.partial(
-            _kernel, tokens=tokens, blocks=blocks, units=units, mixed=cache.pack > 1 and heads > 1, scale=scale
-        ),
+        functools.partial(_kernel, rows=cache.kv.shape[4], mixed=cache.pack > 1 and heads > 1, scale=scale),
         grid=(lists,),
         in_specs=[
             pl.BlockSpec((1, query_heads, lanes), lambda i: (i // heads, 0, 0)),
@@ -56,12 +65,14 @@ def gather_attention(
         out_specs=pl.BlockSpec((1, query_heads, lanes), lambda i: (i, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((lists, query_heads, lanes), q.dtype),
         scratch_shapes=[
-            pltpu.VMEM((2, tokens * units, fetch.rows_per_unit(cache), lanes), cache.dtype),
-            pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SMEM((1, tokens), jnp.int32),
-            pltpu.SemaphoreType.DMA,
-            running_softmax.running(query_heads),
-            pltpu.VMEM((query_heads, lanes), jnp.float32),
+            Scratch(
+                tokens=pltpu.VMEM(block_shape, cache.dtype),
+                tokens_came=pltpu.SemaphoreType.DMA((2,)),
+                units=pltpu.SMEM((1, tokens), jnp.int32),
+                units_came=pltpu.SemaphoreType.DMA,
+                softmax=running_softmax.running(query_heads),
+                sums=pltpu.VMEM((query_heads, lanes), jnp.float32),
+            )
         ],
         name="gather_attention",
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), disable_bounds_checks=True),
@@ -82,66 +93,52 @@ def _own(out: Float[Array, "batch heads query_heads lanes"]) -> Float[Array, "ba
     return apart[:, each, each].reshape(batch, query_heads, lanes)
 
 
-def _kernel(
-    q,
-    slots,
-    first_units,
-    kv,
-    out,
-    buffer,
-    arrivals,
-    first,
-    arrival,
-    state,
-    sums,
-    *,
-    tokens,
-    blocks,
-    units,
-    mixed,
-    scale,
-):
+def _kernel(q, slots, first_units, kv, out, scratch, *, rows, mixed, scale):
     this = pl.program_id(0)
-    rows = units * buffer.shape[2] // 2
-    running_softmax.start(state)
-    sums[...] = jnp.zeros_like(sums)
+    blocks = slots.shape[1]
+    running_softmax.start(scratch.softmax)
+    scratch.sums[...] = jnp.zeros(scratch.sums.shape, jnp.float32)
 
     def fetch_units(block):
-        fetch.start(first_units.at[this, block], first, arrival)
+        fetch.start(first_units.at[this, block], scratch.units, scratch.units_came)
 
-    def starts(slot):
-        for entry in range(tokens):
-            source = kv.at[pl.ds(first[0, entry], units)]
-            destination = buffer.at[slot, pl.ds(entry * units, units)]
-            yield functools.partial(fetch.start, source, destination, arrivals.at[slot])
-
-    def attend(block, slot, in_use, ahead):
-        def issue(share):
-            """Starts as many DMAs for each token that is loaded, on average."""
-            return lambda count: fetch.take(ahead, round(share * count))
-
-        # In a row of several kv heads a query meets the keys of the others with zeros, and 0 x NaN is NaN.
-        load_keys = fetch.reader(buffer, slot, units, after=issue(2 * SHARE_KEYS / units), finite=mixed)
-        logits = scale * token_major.times_keys(q[0], load_keys, rows)
-        fetch.take(ahead, round(SHARE_SOFTMAX * tokens))
-        visible = (slots[0, pl.ds(block, 1), :] >= 0) & in_use
-        weights, older = running_softmax.add_block(state, logits, visible)
-        load = fetch.reader(buffer, slot, units, after=issue(2 * SHARE_VALUES / units))
-        added = token_major.times_values(weights, lambda row: load(rows + row), rows)
-        fetch.take(ahead)
-        # Before the first block has arrived the buffer holds anything, NaN included.
-        sums[...] = jnp.where(in_use, older * sums[...] + added, 0.0)
+    def attend(block, half, in_use, starts):
+        _attend(q[0], slots[0, pl.ds(block, 1), :], half, in_use, starts, scratch, rows=rows, mixed=mixed, scale=scale)
 
     fetch_units(0)
 
     @pl.loop(0, blocks)
     def _(block):
-        slot = lax.rem(block, 2)
-        fetch.wait(first, arrival)
-        attend(jnp.maximum(block - 1, 0), 1 - slot, block > 0, starts(slot))
+        half = lax.rem(block, 2)
+        fetch.wait(scratch.units, scratch.units_came)
+        starts = fetch.starts(kv, scratch.units, scratch.tokens.at[half], scratch.tokens_came.at[half])
+        attend(jnp.maximum(block - 1, 0), 1 - half, block > 0, starts)
         fetch_units(jnp.minimum(block + 1, blocks - 1))
-        fetch.wait(buffer.at[slot], arrivals.at[slot])
+        fetch.wait(scratch.tokens.at[half], scratch.tokens_came.at[half])
 
-    fetch.wait(first, arrival)
+    fetch.wait(scratch.units, scratch.units_came)
     attend(blocks - 1, (blocks - 1) % 2, True, iter(()))
-    out[0] = (sums[...] * running_softmax.normaliser(state.total[:, :1])).astype(out.dtype)
+    out[0] = (scratch.sums[...] * running_softmax.normaliser(scratch.softmax.total[:, :1])).astype(out.dtype)
+
+
+def _attend(q, slots, half, in_use, starts, scratch, *, rows, mixed, scale):
+    """Takes in the block that is in a half of the buffer, if there is one, and starts DMAs on the way."""
+    units, tokens = scratch.tokens.shape[1] // slots.shape[1], slots.shape[1]
+
+    def reader(share, finite):
+        per_token = share / (units / 2)  # keys are half the units, values the other
+
+        def after(loaded):
+            fetch.take(starts, round(per_token * loaded))
+
+        return fetch.reader(scratch.tokens, half, units, after=after, finite=finite)
+
+    # In a row of several kv heads a query meets the keys of the others with zeros, and 0 x NaN is NaN.
+    logits = scale * token_major.times_keys(q, reader(SHARE_KEYS, finite=mixed), rows)
+    fetch.take(starts, round(SHARE_SOFTMAX * tokens))
+    weights, older = running_softmax.add_block(scratch.softmax, logits, (slots >= 0) & in_use)
+    load = reader(SHARE_VALUES, finite=False)
+    added = token_major.times_values(weights, lambda row: load(rows + row), rows)
+    fetch.take(starts)
+    # Before the first block has arrived the buffer holds anything, NaN included.
+    scratch.sums[...] = jnp.where(in_use, older * scratch.sums[...] + added, 0.0)
