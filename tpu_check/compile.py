@@ -89,7 +89,7 @@ def figures(
     def cost_of(instruction: str) -> Cost | None:
         if instruction not in dumped:
             return None
-        kernel = re.sub(r"\.\d+$", "", instruction)
+        kernel = instruction.split(".")[0]  # what follows is a number, or the compiler's name for an operand
         return bundles.cost(dumped[instruction], RUNS[kernel](program.batch) if kernel in RUNS else ())
 
     cost = hlo.total(module, cost_of)

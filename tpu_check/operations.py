@@ -12,7 +12,7 @@ from tpu_check.programs import BUDGET, PREFILL, TOKENS, Built, LimitName, Progra
 
 _LAYERS = 2
 _PAGE = 16  # tokens; Quest's page size
-_CHUNK = 64  # tokens
+_CHUNK = 256  # tokens
 _TRAINED = 8_192  # tokens of a training sequence
 _STREAMING: dict[LimitName, float] = {"ratio": 1.25}
 
@@ -28,7 +28,7 @@ def operations() -> Iterator[Program]:
     # The scores of the two models have the same shape.
     for batch in (1, 8):
         yield Program("select_tokens", "8B", batch, "per head", _select(), {"select": 0.15}, short=batch == 1)
-    yield Program("select_tokens", "8B", 1, "unordered", _select(ordered=False))
+    yield Program("select_tokens", "8B", 1, "unordered", _select(ordered=False), {"select": 0.15})
     yield Program("select_tokens", "8B", 1, "shared by vote", _select(shared="sum"))
     for model in ("8B", "1B"):
         yield Program("decode_attention", model, 1, "with scores", _decode_attention_with_scores)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.cache import LANES
 from pallas_kernels.ops.prefill_attention.pallas_tpu import CACHE_SLOTS, query_block
+from pallas_kernels.ops.select_tokens.tpu_threshold import CHUNK, GROUP, WORD
 from tpu_check.programs import BUDGET, DTYPE, MODELS, PREFILL, TOKENS
 
 type Runs = Sequence[float | None]
@@ -20,6 +21,15 @@ type Runs = Sequence[float | None]
 def _scores(batch: int) -> Runs:
     """After a row's last block, tile by tile: scores from logits, and none to fill up with zeros."""
     return batch * TOKENS / LANES, 0
+
+
+def _threshold(batch: int) -> Runs:
+    """For the 8 kv heads of a row: bit planes at every grid step; the search only at a row's last one. It passes over
+    the words of all slots first to begin, then for each digit of two bits but the last, for the last, and to end."""
+    passes = TOKENS // GROUP // CHUNK
+    planes = WORD + (TOKENS - 1).bit_length() + 1  # of the key and of the slot, an even number
+    digits = batch * (planes // 2 - 1)
+    return None, batch * passes, digits, digits * passes, batch * passes, batch * passes
 
 
 def _sort(batch: int) -> Runs:
@@ -46,6 +56,7 @@ def _prefill(batch: int) -> Runs:
 RUNS: Mapping[str, Callable[[int], Runs]] = {
     "decode_attention": _scores,
     "token_scores": _scores,
+    "select_threshold": _threshold,
     "select_sort": _sort,
     "prefill_attention": _prefill,
 }

@@ -259,6 +259,11 @@ def of_row(row: jax.Array, step: jax.Array, *_: jax.Ref) -> tuple[jax.Array | in
     return row, 0, 0
 
 
+def row_of(array: Sized) -> jax.ShapeDtypeStruct:
+    """The block that `of_row` names."""
+    return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
+
+
 def block_in_use(
     tokens: int, row: jax.Array, step: jax.Array, layer: jax.Ref, lengths: jax.Ref
 ) -> tuple[jax.Array | int, ...]:

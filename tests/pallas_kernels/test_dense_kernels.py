@@ -298,6 +298,45 @@ def test_blocks_divide_the_capacity_where_they_can():
     assert tokens(1000, 2**10) == LANES
 
 
+@pytest.mark.parametrize("kernel", ["decode_attention", "token_scores", "selection_attention"])
+def test_memory_does_not_grow_with_the_batch(kernel, monkeypatch):
+    limits = []
+
+    def compiler_params(*args, compiler_params=token_major.compiler_params, **options):
+        limits.append(compiler_params(*args, **options))
+        return limits[-1]
+
+    monkeypatch.setattr(token_major, "compiler_params", compiler_params)
+    for batch in (1, 64):
+        spec = dataclasses.replace(SUM, lengths=(1,) * batch)
+        cache = jax.eval_shape(lambda spec=spec: empty_cache("token_major", **sizes(spec)))
+        q = jax.ShapeDtypeStruct((batch, spec.kv_heads * spec.group, spec.head_dim), spec.dtype)
+        rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        valid = jax.ShapeDtypeStruct((batch, spec.kv_heads, spec.tokens), jnp.bool_)
+        scores = {"scale": 1.0, "group_reduction": "max"}
+        traced, last = {
+            "decode_attention": (
+                functools.partial(decode_kernel.decode_attention, return_scores=True, layer=0, **scores),
+                rows,
+            ),
+            "token_scores": (functools.partial(scores_kernel.token_scores, layer=0, **scores), rows),
+            "selection_attention": (
+                functools.partial(selection_kernel.selection_attention, layer=0, scale=1.0),
+                valid,
+            ),
+        }[kernel]
+        with interpreted():
+            jax.eval_shape(traced, q, cache, last)
+    assert limits[0].vmem_limit_bytes == limits[-1].vmem_limit_bytes > token_major.COMPILER_BYTES
+
+
+def sizes(spec):
+    """Arguments of `empty_cache`."""
+    batch = len(spec.lengths)
+    shape = {"kv_heads": spec.kv_heads, "capacity": spec.tokens, "head_dim": spec.head_dim, "dtype": spec.dtype}
+    return {"layers": 1, "batch": batch, **shape}
+
+
 def on_tpu(cache):
     return token_major.require_token_major(cache, "decode_attention")
 

@@ -48,13 +48,18 @@ SMALL = SPECS["gqa3_16_float32"]
 def program(dma, broken=None):
     """The kernel with small blocks, in the interpreter: races and reads out of bounds are errors.
 
+    All DMAs would share an entry of the vector clocks, and a wait for one would hide that another was not waited for.
     `broken` names the variant that a test has put in place, so that nobody else gets its program.
     """
     compiled = jax.jit(
         functools.partial(pallas_tpu.gather_attention, scale=0.5, tokens=BLOCK), compiler_options=UNOPTIMISED
     )
     params = pltpu.InterpretParams(
-        dma_execution_mode=dma, detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+        dma_execution_mode=dma,
+        detect_races=True,
+        vector_clock_size=64,
+        uninitialized_memory="nan",
+        out_of_bounds_reads="raise",
     )
 
     def run(*args, **kwargs):
@@ -92,8 +97,16 @@ def check(spec, positions, key, dma="on_wait", broken=None):
     assert not np.asarray(actual, np.float32)[empty].any()
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("gqa4_64_bfloat16", True),
+        ("gqa4_64_bfloat16", False),
+        ("gqa2_128_bfloat16", True),
+        ("gqa3_16_float32", False),
+        ("mha_64_float32", True),
+    ],
+)
 def test_over_blocks(name, shared, getkey):
     spec = SPECS[name]
     positions = random_positions(spec, 1 if shared else spec.kv_heads, generator(getkey()))
@@ -143,11 +156,6 @@ def slot_off_by_one(cache, slots, layer, first_units=fetch.first_units):
 
 def next_layers(cache, slots, layer, first_units=fetch.first_units):
     return first_units(cache, slots, layer + LAYERS)
-
-
-def one_missing(kv, first_units, destination, semaphore, starts=fetch.starts):
-    yield from list(starts(kv, first_units, destination, semaphore))[1:]
-    yield lambda: fetch.start(destination.at[0:1], destination.at[1:2], semaphore)  # as many bytes, of something else
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,9 @@ def test_embedded_model_decodes_through_the_tpu_kernels(policy, knobs):
     """Prefill, refreshes and recycled steps, every operation as its TPU kernel in the interpreter: the same tokens."""
     checkpoint = Checkpoint.find(None)
     model, params = checkpoint.load("float32")
-    examples = [make_example(TASKS["single"], length=n, seed=5, index=0, encode=checkpoint.text.encode) for n in (64, 90)]
-    prompts = [checkpoint.text.encode(example.prompt) for example in examples]
+    encode = checkpoint.text.encode
+    examples = [make_example(TASKS["single"], length=n, seed=5, index=0, encode=encode) for n in (64, 90)]
+    prompts = [encode(example.prompt) for example in examples]
     tokens = {}
     for implementation in (None, "pallas_tpu"):
         options = {"max_new_tokens": 8, "implementation": implementation}

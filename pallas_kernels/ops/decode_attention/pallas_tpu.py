@@ -42,7 +42,8 @@ def decode_attention(
     if return_scores:
         outputs.append(jax.ShapeDtypeStruct((batch, cache.kv_heads, cache.capacity), jnp.float32))
         scratch.append(running_softmax.kept_logits(query_heads, blocks, tokens))
-    of_row = [pl.BlockSpec((1, *output.shape[1:]), token_major.of_row) for output in outputs]
+    row_blocks = [token_major.row_of(output) for output in outputs]
+    of_row = [pl.BlockSpec(row.shape, token_major.of_row) for row in row_blocks]
 
     out, *scores = pl.pallas_call(
         functools.partial(
@@ -62,7 +63,7 @@ def decode_attention(
         out_shape=outputs,
         name="decode_attention",
         compiler_params=token_major.compiler_params(
-            "decode_attention", blocks=[block, expanded, *outputs], scratch=scratch
+            "decode_attention", blocks=[block, token_major.row_of(expanded), *row_blocks], scratch=scratch
         ),
     )(jnp.asarray(layer, jnp.int32).reshape(1), lengths.astype(jnp.int32), expanded, token_major.stored(cache))
     return token_major.collect_heads(out, cache), scores[0] if return_scores else None

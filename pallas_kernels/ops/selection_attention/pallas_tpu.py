@@ -43,7 +43,8 @@ def _attend(
     blocks = pl.cdiv(selection.capacity, tokens)
     block = jax.ShapeDtypeStruct(token_major.block_shape(selection, tokens), selection.dtype)
     validity = jax.ShapeDtypeStruct((1, valid.shape[1], tokens), jnp.float32)
-    of_row = pl.BlockSpec((1, query_heads, lanes), token_major.of_row)
+    row_block = token_major.row_of(expanded)
+    of_row = pl.BlockSpec(row_block.shape, token_major.of_row)
     scratch = [running_softmax.running(query_heads), pltpu.VMEM((query_heads, lanes), jnp.float32)]
     out = pl.pallas_call(
         functools.partial(
@@ -67,7 +68,7 @@ def _attend(
         out_shape=jax.ShapeDtypeStruct(expanded.shape, q.dtype),
         name="selection_attention",
         compiler_params=token_major.compiler_params(
-            "selection_attention", blocks=[block, validity, expanded, expanded], scratch=scratch
+            "selection_attention", blocks=[block, validity, row_block, row_block], scratch=scratch
         ),
     )(layer.reshape(1), expanded, token_major.stored(selection), valid.astype(jnp.float32))
     return token_major.collect_heads(out, selection)

@@ -52,12 +52,14 @@ def token_scores(
                 pl.BlockSpec((1, query_heads, lanes), token_major.of_row),
                 pl.BlockSpec(block.shape, functools.partial(token_major.block_in_use, tokens)),
             ],
-            out_specs=pl.BlockSpec((1, *scores.shape[1:]), token_major.of_row),
+            out_specs=pl.BlockSpec(token_major.row_of(scores).shape, token_major.of_row),
             scratch_shapes=scratch,
         ),
         out_shape=scores,
         name="token_scores",
-        compiler_params=token_major.compiler_params("token_scores", blocks=[block, scores], scratch=scratch),
+        compiler_params=token_major.compiler_params(
+            "token_scores", blocks=[block, token_major.row_of(expanded), token_major.row_of(scores)], scratch=scratch
+        ),
     )(jnp.asarray(layer, jnp.int32).reshape(1), lengths.astype(jnp.int32), expanded, token_major.stored(cache))
 
 
