@@ -1,4 +1,4 @@
-"""The operations of `pallas_kernels` as programs: one layer of a cache of two, so that slicing one out would show."""
+"""The operations of `pallas_kernels` as programs: one layer of several, so that slicing one out would show."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,7 +10,7 @@ from recycled_jax.config import LlamaConfig
 from tpu_check.chips import Chip
 from tpu_check.programs import BUDGET, PREFILL, TOKENS, Built, LimitName, Program, array, nbytes
 
-_LAYERS = 2
+_LAYERS = 2  # of the full cache; of a selection all that the model has: two might be moved to VMEM beforehand
 _PAGE = 16  # tokens; Quest's page size
 _CHUNK = 256  # tokens
 _TRAINED = 8_192  # tokens of a training sequence
@@ -40,11 +40,11 @@ def operations() -> Iterator[Program]:
         yield Program("causal_attention", model, 1, f"{_TRAINED} tokens", _causal_attention)
 
 
-def _cache(config: LlamaConfig, batch: int, capacity: int) -> pk.KVCache:
+def _cache(config: LlamaConfig, batch: int, capacity: int, layers: int = _LAYERS) -> pk.KVCache:
     def make() -> pk.KVCache:
         return pk.empty_cache(
             pk.preferred_layout(None),
-            layers=_LAYERS,
+            layers=layers,
             batch=batch,
             kv_heads=config.kv_heads,
             capacity=capacity,
@@ -68,7 +68,7 @@ def _decode_attention(chip: Chip, config: LlamaConfig, batch: int) -> Built:
     return Built(
         lambda q, cache, lengths, layer: pk.decode_attention(q, cache, lengths, layer=layer),
         (q, cache, _numbers(batch), _numbers()),
-        nbytes(cache) // _LAYERS + 2 * nbytes(q),
+        nbytes(cache) // cache.layers + 2 * nbytes(q),
         cache=cache,
     )
 
@@ -82,7 +82,7 @@ def _decode_attention_with_scores(chip: Chip, config: LlamaConfig, batch: int) -
     return Built(
         lambda q, cache, lengths, layer: pk.decode_attention(q, cache, lengths, layer=layer, return_scores=True),
         (q, cache, _numbers(batch), _numbers()),
-        nbytes(cache) // _LAYERS + 2 * nbytes(q) + _score_bytes(config, batch, TOKENS),
+        nbytes(cache) // cache.layers + 2 * nbytes(q) + _score_bytes(config, batch, TOKENS),
         cache=cache,
     )
 
@@ -92,17 +92,17 @@ def _token_scores(chip: Chip, config: LlamaConfig, batch: int) -> Built:
     return Built(
         lambda q, cache, lengths, layer: pk.token_scores(q, cache, lengths, layer=layer),
         (q, cache, _numbers(batch), _numbers()),
-        nbytes(cache) // _LAYERS // 2 + nbytes(q) + _score_bytes(config, batch, TOKENS),
+        nbytes(cache) // cache.layers // 2 + nbytes(q) + _score_bytes(config, batch, TOKENS),
         cache=cache,
     )
 
 
 def _page_scores(chip: Chip, config: LlamaConfig, batch: int) -> Built:
-    q, bounds = _query(config, batch), _cache(config, batch, TOKENS // _PAGE)
+    q, bounds = _query(config, batch), _cache(config, batch, TOKENS // _PAGE, config.layers)
     return Built(
         lambda q, bounds, lengths, layer: pk.page_scores(q, bounds, lengths, page_size=_PAGE, layer=layer),
         (q, bounds, _numbers(batch), _numbers()),
-        nbytes(bounds) // _LAYERS + nbytes(q) + _score_bytes(config, batch, TOKENS // _PAGE),
+        nbytes(bounds) // bounds.layers + nbytes(q) + _score_bytes(config, batch, TOKENS // _PAGE),
     )
 
 
@@ -126,7 +126,7 @@ def _select(shared: str | None = None, ordered: bool = True) -> Callable[[Chip, 
             ),
             (scores, _numbers(batch)),
             nbytes(scores) + 4 * chosen,
-            attention_bytes=nbytes(_cache(config, batch, TOKENS)) // _LAYERS,
+            attention_bytes=nbytes(_cache(config, batch, TOKENS, 1)),
         )
 
     return build
@@ -139,7 +139,7 @@ def _gather(heads: int | None) -> Callable[[Chip, LlamaConfig, int], Built]:
         return Built(
             lambda q, cache, positions, layer: pk.gather_attention(q, cache, positions, layer=layer),
             (q, cache, positions, _numbers()),
-            nbytes(_cache(config, batch, BUDGET)) // _LAYERS + 2 * nbytes(q) + nbytes(positions),
+            nbytes(_cache(config, batch, BUDGET, 1)) + 2 * nbytes(q) + nbytes(positions),
             cache=cache,
             tokens=batch * BUDGET if heads == 1 else None,
         )
@@ -153,19 +153,19 @@ def _gather_selection(chip: Chip, config: LlamaConfig, batch: int) -> Built:
     return Built(
         lambda cache, positions, into, layer: pk.gather_selection(cache, positions, into, layer=layer),
         (cache, positions, into, _numbers()),
-        2 * nbytes(into) // _LAYERS + nbytes(positions),
+        2 * nbytes(into) // into.layers + nbytes(positions),
         donate=(2,),
         cache=cache,
     )
 
 
 def _selection_attention(chip: Chip, config: LlamaConfig, batch: int) -> Built:
-    q, selection = _query(config, batch), _cache(config, batch, BUDGET)
+    q, selection = _query(config, batch), _cache(config, batch, BUDGET, config.layers)
     valid = array((batch, config.kv_heads, BUDGET), jnp.bool_)
     return Built(
         lambda q, selection, valid, layer: pk.selection_attention(q, selection, valid, layer=layer),
         (q, selection, valid, _numbers()),
-        nbytes(selection) // _LAYERS + 2 * nbytes(q) + nbytes(valid),
+        nbytes(selection) // selection.layers + 2 * nbytes(q) + nbytes(valid),
         cache=selection,
     )
 
@@ -176,7 +176,7 @@ def _prefill_attention(chip: Chip, config: LlamaConfig, batch: int) -> Built:
     return Built(
         lambda q, cache, start, layer: pk.prefill_attention(q, cache, start, layer=layer),
         (q, cache, _numbers(), _numbers()),
-        nbytes(cache) // _LAYERS + 2 * nbytes(q),
+        nbytes(cache) // cache.layers + 2 * nbytes(q),
         4 * batch * config.query_heads * config.head_dim * PREFILL * TOKENS,
         cache=cache,
     )

@@ -17,14 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.cache import TokenMajor
-from pallas_kernels.ops.token_major import SUBLANES
+from pallas_kernels.ops.token_major import SUBLANES, row_of_words
 
 View = Any  # a reference or a part of one
 
@@ -147,8 +146,7 @@ def reader(
     def load(row: int) -> jax.Array:
         x = words(row // per_unit)
         if per_unit == 2:
-            # A bfloat16 is the upper half of a float32; the even row of two is the lower half of their words.
-            x = lax.bitcast_convert_type(x & jnp.uint32(0xFFFF0000) if row % 2 else x << 16, jnp.float32)
+            x = row_of_words(x, row)
         if finite:
             x = jnp.where(jnp.isfinite(x), x, 0)
         return x.astype(buffer.dtype)

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels import dispatch
 from pallas_kernels.cache import LANES, KVCache, TokenMajor
@@ -152,13 +152,18 @@ def reader(block: jax.Ref, some: slice, *, finite: bool = False) -> Callable[[in
     def load(row: int) -> jax.Array:
         x = words(row // per_word)
         if per_word == 2:
-            # A bfloat16 is the upper half of a float32; the even row of two is the lower half of their words.
-            x = lax.bitcast_convert_type(x & jnp.uint32(0xFFFF0000) if row % 2 else x << 16, jnp.float32)
+            x = row_of_words(x, row)
         if finite:
             x = jnp.where(jnp.isfinite(x), x, 0)
         return x.astype(block.dtype)
 
     return load
+
+
+def row_of_words(words: UInt32[Array, "tokens lanes"], row: int) -> Float[Array, "tokens lanes"]:
+    """One of two bfloat16 rows that share words, as float32: the even row is the lower half of each word."""
+    # A bfloat16 is the upper half of a float32.
+    return lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000) if row % 2 else words << 16, jnp.float32)
 
 
 def load_row(block: jax.Ref, row: int) -> Float[Array, "tokens lanes"]:
