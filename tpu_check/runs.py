@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.cache import LANES
 from pallas_kernels.ops.prefill_attention.pallas_tpu import CACHE_SLOTS, query_block
+from pallas_kernels.ops.running_softmax import TILES_TOGETHER
 from pallas_kernels.ops.select_tokens.tpu_threshold import CHUNK, GROUP, WORD
 from tpu_check.programs import BUDGET, DTYPE, MODELS, PREFILL, TOKENS
 
@@ -19,8 +20,8 @@ type Runs = Sequence[float | None]
 
 
 def _scores(batch: int) -> Runs:
-    """After a row's last block, tile by tile: scores from logits, and none to fill up with zeros."""
-    return batch * TOKENS / LANES, 0
+    """After a row's last block, some tiles at a time: scores from logits, and none to fill up with zeros."""
+    return batch * TOKENS / (LANES * TILES_TOGETHER), 0
 
 
 def _threshold(batch: int) -> Runs:
