@@ -8,6 +8,7 @@ One query step over the full cache
     decode_attention     attention, with or without the scores of the slots
     token_scores         the scores alone: keys are read, values are not
     page_scores          an upper bound for the slots of every page, from the page's smallest and largest keys
+    page_bounds, update_page_bounds   those smallest and largest keys, of a whole layer or after one more token
     chunk_scores         the query against one vector per chunk
 
 Making a selection
@@ -21,8 +22,10 @@ One query step over a selection
 The cache is a `KVCache`, a stack of layers in one of two layouts (`cache.py`); a compact buffer is one too.
 
 Every operation has one function and one folder in `ops/`. Its argument `implementation` is None (chosen by platform),
-"reference" (float32 oracle), "xla" (portable) or "pallas_tpu"; a name that cannot run is an error. Query head h uses
-kv head h // group, where group = query_heads // kv_heads.
+"reference" (float32 oracle), "xla" (portable) or "pallas_tpu". A named one that cannot take its arguments, or cannot
+run here, raises NotImplementedError; None goes on to the next. On several TPU devices kernels run in a `jax.shard_map`
+over batch and kv heads; outside of one, None means "xla" there. Query head h uses kv head h // group, where
+group = query_heads // kv_heads. Differentiable are causal_attention and selection_attention.
 """
 
 from pallas_kernels.cache import HeadMajor, KVCache, TokenMajor, empty_cache, from_heads
@@ -33,6 +36,7 @@ from pallas_kernels.ops.decode_attention.api import decode_attention
 from pallas_kernels.ops.gather_attention.api import gather_attention
 from pallas_kernels.ops.gather_selection.api import gather_selection
 from pallas_kernels.ops.page_scores.api import page_scores
+from pallas_kernels.ops.page_scores.bounds import page_bounds, update_page_bounds
 from pallas_kernels.ops.prefill_attention.api import prefill_attention
 from pallas_kernels.ops.select_tokens.api import select_tokens
 from pallas_kernels.ops.selection_attention.api import selection_attention
@@ -50,10 +54,12 @@ __all__ = [
     "gather_attention",
     "gather_selection",
     "interpreted",
+    "page_bounds",
     "page_scores",
     "preferred_layout",
     "prefill_attention",
     "select_tokens",
     "selection_attention",
     "token_scores",
+    "update_page_bounds",
 ]

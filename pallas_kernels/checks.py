@@ -23,6 +23,8 @@ def check_cache(cache: Any, layer: int | Int[Array, ""], *, name: str = "cache")
             raise ValueError(
                 f"{name}.k has shape {cache.k.shape}; expected [layers, batch, kv_heads, capacity, head_dim]"
             )
+        if cache.k.dtype != cache.v.dtype:
+            raise ValueError(f"{name}.k is {cache.k.dtype} and {name}.v is {cache.v.dtype}; expected one dtype")
         if cache.k.shape != cache.v.shape:
             raise ValueError(
                 f"{name}.k has shape {cache.k.shape} and {name}.v has shape {cache.v.shape}; expected equal shapes"
@@ -96,6 +98,8 @@ def check_positions(positions: jax.Array, cache: KVCache, *, shared: bool = Fals
             f"positions has shape {positions.shape} and cache has batch {cache.batch} and {cache.kv_heads} kv heads; "
             f"expected [batch, kv_heads{' or 1' if shared else ''}, budget]"
         )
+    if not positions.shape[2]:
+        raise ValueError(f"positions has shape {positions.shape}; expected a budget of 1 or more entries")
     check_values("positions", positions, -1, cache.capacity - 1)
 
 

@@ -41,9 +41,22 @@ def platform() -> str:
     return jax.default_backend()
 
 
+def kernels_by_default() -> bool:
+    """Whether TPU kernels run when nobody names an implementation: in a program for one TPU, or in a `shard_map`.
+
+    The compiler cannot partition a kernel over devices by itself, as it does with the rest of a program.
+    """
+    if platform() != "tpu":
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes:
+        return True
+    return (jax.device_count() if mesh.empty else mesh.size) == 1
+
+
 def preferred_layout(implementation: str | None) -> Layout:
     """The layout of the cache that `implementation` reads fastest: the TPU kernels take none but their own."""
-    on_kernels = implementation == "pallas_tpu" or (implementation is None and platform() == "tpu")
+    on_kernels = implementation == "pallas_tpu" or (implementation is None and kernels_by_default())
     return "token_major" if on_kernels else "head_major"
 
 
@@ -81,7 +94,7 @@ def run(
 
     reasons = []
     for name in AUTOMATIC[platform()]:
-        if name not in implementations:
+        if name not in implementations or (name == "pallas_tpu" and not kernels_by_default()):
             continue
         try:
             with jax.named_scope(f"{operation}/{name}"):

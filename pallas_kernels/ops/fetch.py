@@ -76,9 +76,12 @@ def in_blocks(positions: Int[Array, "batch heads budget"], tokens: int) -> Int[A
 def first_units(
     cache: TokenMajor, slots: Int[Array, "batch heads blocks tokens"], layer: int | Int[Array, ""]
 ) -> Int[Array, "batch heads blocks tokens"]:
-    """Where in `in_units` the tokens in these slots of a layer begin; those in slot 0 where an entry is empty."""
+    """Where in `in_units` the tokens in these slots of a layer begin; those in slot 0 where an entry is empty.
+
+    An int32 counts the units of 1 TiB, more than a device has.
+    """
     row = layer * cache.batch + jnp.arange(cache.batch, dtype=jnp.int32)
-    token = row[:, None, None, None] * cache.capacity + jnp.maximum(slots, 0)
+    token = row[:, None, None, None] * cache.capacity + jnp.clip(slots, 0, cache.capacity - 1)
     return token * units_per_token(cache)
 
 

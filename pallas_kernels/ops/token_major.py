@@ -166,11 +166,6 @@ def row_of_words(words: UInt32[Array, "tokens lanes"], row: int) -> Float[Array,
     return lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000) if row % 2 else words << 16, jnp.float32)
 
 
-def load_row(block: jax.Ref, row: int) -> Float[Array, "tokens lanes"]:
-    """One row of heads of every token of a block, as a `reader` loads it."""
-    return reader(block, slice(0, block.shape[2]))(row)
-
-
 def block_logits(
     q: Float[Array, "query_heads lanes"], block: jax.Ref, rows: int, *, finite: bool = False
 ) -> Float[Array, "query_heads tokens"]:

@@ -45,7 +45,7 @@ class Scorer(ABC):
 class AttentionScorer(Scorer):
     """The softmax probability of each slot, reduced over the query heads of a kv head.
 
-    Probabilities and not logits, because the scales of logits differ between heads (METHODS §1.3).
+    Probabilities and not logits, because the scales of logits differ between heads.
     """
 
     group_reduction: GroupReduction = "max"

@@ -19,7 +19,7 @@ def difference(dma_execution_mode: str, getkey) -> float:
     random = generator(getkey())
     positions = jnp.asarray(random.integers(-1, TOKENS, (2, 2, BUDGET)), jnp.int32)
     cache = from_heads("token_major", k, v)
-    parameters = pltpu.InterpretParams(detect_races=True, dma_execution_mode=dma_execution_mode)
+    parameters = pltpu.InterpretParams(detect_races=True, dma_execution_mode=dma_execution_mode, vector_clock_size=64)
     with interpreted(parameters):
         compact = gather_selection(cache, positions, cache.empty_like(capacity=BUDGET), implementation="pallas_tpu")
         jax.block_until_ready(compact)

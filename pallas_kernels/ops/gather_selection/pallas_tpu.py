@@ -18,7 +18,9 @@ from jaxtyping import Array, Bool, Int
 from pallas_kernels.cache import KVCache, TokenMajor
 from pallas_kernels.ops.token_major import require_token_major
 
-CHUNK = 64  # entries; two chunks of fetched tokens are in VMEM: 4 MiB for 8 heads of 128 bfloat16
+CHUNK = 64  # entries at most
+FETCHED_BYTES = 4 * 2**20  # of a chunk's tokens; two chunks are in VMEM
+SCALAR_BYTES = 960 * 2**10  # of the 1 MiB of SMEM that every chip has
 UNROLLED = 16  # fetches per turn of the loop that issues them
 
 
@@ -33,10 +35,19 @@ def gather_selection(
     cache = require_token_major(cache, "gather_selection")
     batch, kv_heads, budget = positions.shape
     token = cache.kv.shape[3:]
-    chunk = min(CHUNK, budget)
+    token_bytes = math.prod(token) * cache.dtype.itemsize
+    chunk = min(CHUNK, budget, max(FETCHED_BYTES // (kv_heads * token_bytes), 1))
+    if kv_heads > 32:
+        raise NotImplementedError(f"positions has {kv_heads} kv heads; the kernel has one bit of a word for each: 32")
+    if 2 * 4 * budget * (kv_heads + 1) > SCALAR_BYTES:
+        raise NotImplementedError(
+            f"positions has {budget} entries of {kv_heads} heads; SMEM has not room for them twice"
+        )
     chunks = pl.cdiv(budget, chunk)
     # What the scalar unit reads, in the order in which it reads it: every operation there delays a fetch.
-    tokens = jnp.maximum(positions, 0).astype(jnp.int32).swapaxes(1, 2).reshape(batch, 1, budget * kv_heads)
+    tokens = (
+        jnp.clip(positions, 0, cache.capacity - 1).astype(jnp.int32).swapaxes(1, 2).reshape(batch, 1, budget * kv_heads)
+    )
     heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     empty = jnp.sum((positions < 0).astype(jnp.int32) << heads, axis=1)  # bit h of an entry: head h has none
     whole = empty[:, : (chunks - 1) * chunk].reshape(batch, chunks - 1, chunk)

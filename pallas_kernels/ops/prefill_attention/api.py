@@ -23,7 +23,8 @@ def prefill_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch query_heads chunk head_dim"]:
-    """Causal attention of the queries that stand at slots `start` to `start + chunk - 1`; forward only.
+    """Causal attention of the queries that stand at slots `start` to `start + chunk - 1`; forward only
+    (`causal_attention` is the differentiable form, for whole sequences).
 
     The chunk's own keys and values are already in the cache. Query row c sees slots 0 to `start + c`, so work
     grows with `start + chunk`, not with the size of the cache. Memory beside the arguments: a few blocks of
