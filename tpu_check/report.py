@@ -8,6 +8,7 @@ from tpu_check.chips import Chip
 from tpu_check.jobs import Row
 from tpu_check.limits import Verdict, Waiver, ratio, verdicts
 from tpu_check.programs import BUDGET, MODELS, TOKENS
+from tpu_check.waivers import OMITTED
 
 _COLUMNS = (
     "program",
@@ -54,6 +55,8 @@ def markdown(rows: Sequence[Row], waivers: Sequence[Waiver]) -> str:
         parts.append(f"## {operation}\n\n{_table(_COLUMNS, lines)}")
     parts.append(_list("Limits broken", _judged(rows, waivers, "broken") + _failed(rows)))
     parts.append(_list("Limits not kept, for a reason", _judged(rows, waivers, "excepted")))
+    left_out = [f"{operation}/{model} on {chip}: {why}" for (operation, model, chip), why in OMITTED.items()]
+    parts.append(_list("Not compiled, for a reason", left_out))
     return "\n".join(parts)
 
 
