@@ -1,5 +1,5 @@
-"""RefreshKV written once more, in plain numpy and float64, from the description in the paper (arXiv 2411.05787): one row
-at a time, Python lists for the buffer, no shared code with the library. Slow, obvious, independent."""
+"""RefreshKV written once more, in plain numpy and float64, from its paper (arXiv 2411.05787): one row at a time, Python
+lists for the buffer, no shared code with the library. Slow, obvious, independent."""
 
 from dataclasses import dataclass, field
 
