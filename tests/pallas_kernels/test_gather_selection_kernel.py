@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import from_heads, gather_selection, interpreted
+from pallas_kernels.ops import fetch
 from pallas_kernels.ops.gather_selection import pallas_tpu
 from tests.pallas_kernels.arg_specs import generator, normal
 
@@ -19,7 +20,7 @@ def difference(dma_execution_mode: str, getkey) -> float:
     random = generator(getkey())
     positions = jnp.asarray(random.integers(-1, TOKENS, (2, 2, BUDGET)), jnp.int32)
     cache = from_heads("token_major", k, v)
-    parameters = pltpu.InterpretParams(detect_races=True, dma_execution_mode=dma_execution_mode, vector_clock_size=64)
+    parameters = pltpu.InterpretParams(detect_races=True, vector_clock_size=64, dma_execution_mode=dma_execution_mode)
     with interpreted(parameters):
         compact = gather_selection(cache, positions, cache.empty_like(capacity=BUDGET), implementation="pallas_tpu")
         jax.block_until_ready(compact)
@@ -32,7 +33,7 @@ def difference(dma_execution_mode: str, getkey) -> float:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "CHUNK", CHUNK)
+    monkeypatch.setattr(pallas_tpu, "FETCHES", 2 * CHUNK)
     yield
     pltpu.reset_tpu_interpret_mode_state()  # a race leaves it behind
 
@@ -43,14 +44,15 @@ def test_chunks_make_no_difference(mode, getkey):
 
 
 def test_a_missing_wait_is_caught(monkeypatch, getkey):
-    monkeypatch.setattr(pallas_tpu, "wait_for_tokens", lambda *_: None)
+    wait = fetch.wait
+    monkeypatch.setattr(fetch, "wait", lambda x, semaphore: None if len(x.shape) == 6 else wait(x, semaphore))
     with pytest.raises(Exception, match=r"(?i)race"):
         difference("eager", getkey)
 
 
 def test_a_slot_off_by_one_is_caught(monkeypatch, getkey):
-    def next_token(tokens, number):
-        return jnp.minimum(tokens[0, 0, number] + 1, TOKENS - 1)
-
-    monkeypatch.setattr(pallas_tpu, "token_of", next_token)
+    tokens_at = pallas_tpu.tokens_at
+    monkeypatch.setattr(
+        pallas_tpu, "tokens_at", lambda cache, slots, row: tokens_at(cache, jnp.minimum(slots + 1, TOKENS - 1), row)
+    )
     assert difference("on_wait", getkey) > 0.1
