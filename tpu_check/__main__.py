@@ -26,7 +26,7 @@ from tpu_check.chips import CHIPS, Chip
 from tpu_check.jobs import Row, run
 from tpu_check.limits import verdicts
 from tpu_check.programs import Program
-from tpu_check.waivers import WAIVERS, omitted
+from tpu_check.waivers import WAIVERS
 
 PAGE = Path(__file__).parent.parent / "docs" / "tpu_static.md"
 _SHORT_CHIPS = ["v5e"]
@@ -83,8 +83,7 @@ def plan(argv: Sequence[str] | None = None) -> tuple[list[tuple[Program, Chip]],
         out = PAGE
     if out is not None and (out.suffix != ".md" or not out.parent.is_dir()):
         raise ValueError(f"out={str(out)!r} is not a .md file in a folder that exists")
-    pairs = [(program, chip) for program in programs for chip in chips]
-    return [pair for pair in pairs if values.only is not None or not omitted(*pair)], out
+    return [(program, chip) for program in programs for chip in chips], out
 
 
 def _chips(asked: list[str] | str | None, short: bool) -> list[Chip]:

@@ -1,6 +1,7 @@
 """The chips that programs are compiled for, and what is known of them; all of it through JAX's public `tpu_info`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -17,13 +18,16 @@ class Chip:
     vmem: int  # bytes of a core
     peak: int  # bfloat16 operations per second of the device
     clock: float  # bundles per second of a core
+    compiler_options: Mapping[str, str] = field(default_factory=dict)
 
     def microseconds(self, *, bytes: int = 0, bundles: int = 0, operations: int = 0) -> float:
         """How long moving the bytes, issuing the bundles or computing takes, whichever is longest."""
         return 1e6 * max(bytes / self.bandwidth, bundles / self.clock, operations / self.peak)
 
 
-def _chip(name: str, topology: str, version: pltpu.ChipVersion, cores: int) -> Chip:
+def _chip(
+    name: str, topology: str, version: pltpu.ChipVersion, cores: int, compiler_options: Mapping[str, str] | None = None
+) -> Chip:
     # `tpu_info` counts per core and leaves out the clock. It follows from the peak rate: an MXU of 128 x 128 takes one
     # row of bfloat16 a cycle. One of 256 x 256 takes two: with one, the clock of v6e would be 3.5 GHz, and the bundles
     # its compiler makes of a plain matrix product would do 1.8 times what its MXUs can.
@@ -39,8 +43,14 @@ def _chip(name: str, topology: str, version: pltpu.ChipVersion, cores: int) -> C
         info.vmem_capacity_bytes,
         info.bf16_ops_per_second * cores,
         clock,
+        compiler_options or {},
     )
 
+
+# Left alone, XLA keeps bfloat16 arrays of a TPU7x in tiles of 16 rows between operations whose fusions want tiles of 8,
+# and lays the weights of all layers out anew in every call: most of the cache's size as temporaries, minutes of compile
+# time for 8B. A program that runs on one is well advised to take the option too: LIBTPU_INIT_ARGS=--NAME=VALUE.
+_TPU7X_OPTIONS = {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"}
 
 CHIPS = {
     chip.name: chip
@@ -48,6 +58,6 @@ CHIPS = {
         _chip("v5e", "v5e:2x2", pltpu.ChipVersion.TPU_V5E, 1),
         _chip("v5p", "v5p:2x2x1", pltpu.ChipVersion.TPU_V5P, 2),
         _chip("v6e", "v6e:2x2", pltpu.ChipVersion.TPU_V6E, 1),
-        _chip("tpu7x", "tpu7x:2x2x1", pltpu.ChipVersion.TPU_7X, 1),
+        _chip("tpu7x", "tpu7x:2x2x1", pltpu.ChipVersion.TPU_7X, 1, _TPU7X_OPTIONS),
     )
 }

@@ -67,7 +67,8 @@ def compile_program(program: Program, chip: Chip, dump: Path) -> Figures:
         arguments = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), built.arguments
         )
-        compiled = jax.jit(built.function, donate_argnums=built.donate).lower(*arguments).compile()
+        lowered = jax.jit(built.function, donate_argnums=built.donate).lower(*arguments)
+        compiled = lowered.compile(dict(chip.compiler_options))
     seconds = time.perf_counter() - started
     return figures(
         program, chip, built, compiled.as_text() or "", compiled.memory_analysis(), bundles.read_dump(dump), seconds

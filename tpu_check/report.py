@@ -8,7 +8,6 @@ from tpu_check.chips import Chip
 from tpu_check.jobs import Row
 from tpu_check.limits import Verdict, Waiver, ratio, verdicts
 from tpu_check.programs import BUDGET, MODELS, TOKENS
-from tpu_check.waivers import OMITTED
 
 _COLUMNS = (
     "program",
@@ -55,8 +54,6 @@ def markdown(rows: Sequence[Row], waivers: Sequence[Waiver]) -> str:
         parts.append(f"## {operation}\n\n{_table(_COLUMNS, lines)}")
     parts.append(_list("Limits broken", _judged(rows, waivers, "broken") + _failed(rows)))
     parts.append(_list("Limits not kept, for a reason", _judged(rows, waivers, "excepted")))
-    left_out = [f"{operation}/{model} on {chip}: {why}" for (operation, model, chip), why in OMITTED.items()]
-    parts.append(_list("Not compiled, for a reason", left_out))
     return "\n".join(parts)
 
 
@@ -156,7 +153,9 @@ def _chip_table(chips: Sequence[Chip]) -> str:
         "device is both cores of a chip, of which a kernel with nothing to split uses one; a TPU7x chip is two "
         "devices.\n"
     )
-    return f"{_table(head, lines)}\n{source}"
+    options = [f"`{name}={value}` on {chip.name}" for chip in chips for name, value in chip.compiler_options.items()]
+    told = f"\nCompiler options: {', '.join(options)}.\n" if options else ""
+    return f"{_table(head, lines)}\n{source}{told}"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

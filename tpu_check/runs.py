@@ -45,6 +45,11 @@ def _sort(batch: int) -> Runs:
     return *fetch, *network
 
 
+def _gather(batch: int) -> Runs:
+    """Chunks of entries; in a chunk, and again after the last one, the entries that are empty: none in a full list."""
+    return None, 0, 0
+
+
 def _prefill(batch: int) -> Runs:
     """The grid itself, which ends where the chunk does, and in it the 8 rows of a block of the cache: one that all
     queries see, or one that only some do, the last of each block of queries."""
@@ -57,6 +62,7 @@ def _prefill(batch: int) -> Runs:
 RUNS: Mapping[str, Callable[[int], Runs]] = {
     "decode_attention": _scores,
     "token_scores": _scores,
+    "gather_selection": _gather,
     "select_threshold": _threshold,
     "select_sort": _sort,
     "prefill_attention": _prefill,

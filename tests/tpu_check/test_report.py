@@ -7,7 +7,6 @@ import pytest
 from tests.tpu_check.made_up import failed, row
 from tpu_check import report
 from tpu_check.limits import Waiver, verdicts
-from tpu_check.waivers import OMITTED
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +57,12 @@ def test_the_page():
     assert "- decode_attention/8B/b1 on v6e did not compile: exit status 1: XlaRuntimeError: VMEM\n" in broken
     assert "v5p" not in broken
     assert "- decode_attention/8B/b1 on v5p: ratio 1.1, at most 1.2: one core works\n" in page
-    left_out = page[page.index("## Not compiled, for a reason") :]
-    assert left_out.count("\n- ") == len(OMITTED)
+
+
+def test_compiler_options_are_told_for_the_chips_of_the_report():
+    option = "`xla_tpu_control_large_2nd_minor_layout_for_x16=0` on tpu7x"
+    assert option in report.markdown([row({"ratio": 1.25}, chip="tpu7x")], ())
+    assert "Compiler options" not in report.markdown([row({"ratio": 1.25})], ())
 
 
 def test_nothing_broken_is_said_too():
