@@ -49,8 +49,11 @@ def _chip(
 
 # Left alone, XLA keeps bfloat16 arrays of a TPU7x in tiles of 16 rows between operations whose fusions want tiles of 8,
 # and lays the weights of all layers out anew in every call: most of the cache's size as temporaries, minutes of compile
-# time for 8B. A program that runs on one is well advised to take the option too: LIBTPU_INIT_ARGS=--NAME=VALUE.
-_TPU7X_OPTIONS = {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"}
+# time for 8B. A program that runs on one is well advised to take the options too: LIBTPU_INIT_ARGS="--NAME=VALUE ...".
+_TPU7X_OPTIONS = {
+    "xla_tpu_enable_large_2nd_minor_layout_for_x16": "false",
+    "xla_tpu_control_large_2nd_minor_layout_for_x16": "0",
+}
 
 CHIPS = {
     chip.name: chip

@@ -60,7 +60,7 @@ def test_the_page():
 
 
 def test_compiler_options_are_told_for_the_chips_of_the_report():
-    option = "`xla_tpu_control_large_2nd_minor_layout_for_x16=0` on tpu7x"
+    option = "`xla_tpu_control_large_2nd_minor_layout_for_x16=0` on tpu7x."
     assert option in report.markdown([row({"ratio": 1.25}, chip="tpu7x")], ())
     assert "Compiler options" not in report.markdown([row({"ratio": 1.25})], ())
 
