@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.cache import HeadMajor, KVCache, TokenMajor
 
 GROUP_REDUCTIONS = ("max", "mean", "sum")
+PER_QUERY_HEAD = "none"  # no reduction
 
 
 def check_cache(cache: Any, layer: int | Int[Array, ""], *, name: str = "cache") -> None:
@@ -103,6 +104,7 @@ def check_positions(positions: jax.Array, cache: KVCache, *, shared: bool = Fals
     check_values("positions", positions, -1, cache.capacity - 1)
 
 
-def check_group_reduction(group_reduction: str) -> None:
-    if group_reduction not in GROUP_REDUCTIONS:
-        raise ValueError(f"{group_reduction=} is not known; expected one of: {', '.join(GROUP_REDUCTIONS)}")
+def check_group_reduction(group_reduction: str, *, or_none: bool = False) -> None:
+    known = (*GROUP_REDUCTIONS, PER_QUERY_HEAD) if or_none else GROUP_REDUCTIONS
+    if group_reduction not in known:
+        raise ValueError(f"{group_reduction=} is not known; expected one of: {', '.join(known)}")

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.checks import PER_QUERY_HEAD
+
 
 def softmax_weights(
     q: Float[Array, "batch query_heads head_dim"],
@@ -38,6 +40,8 @@ def weighted_values(
 
 def reduce_group(
     probabilities: Float[Array, "batch kv_heads group slots"], group_reduction: str
-) -> Float[Array, "batch kv_heads slots"]:
-    """Probabilities of a kv head's query heads as one score per slot: their max, mean or sum."""
+) -> Float[Array, "batch heads slots"]:
+    """Probabilities of a kv head's query heads as one score per slot: max, mean or sum; with "none", each has its own."""
+    if group_reduction == PER_QUERY_HEAD:
+        return probabilities.reshape(probabilities.shape[0], -1, probabilities.shape[-1])
     return getattr(jnp, group_reduction)(probabilities, axis=2)

@@ -73,7 +73,8 @@ def keep(kept: jax.Ref, logits: jax.Array, block: jax.Array) -> None:
 
 
 def write_scores(scores: jax.Ref, kept: jax.Ref, state: Running, length: jax.Array, group_reduction: str) -> None:
-    """Probabilities of a row's tokens, reduced over the query heads of a kv head, to [1, kv_heads, capacity]."""
+    """Probabilities of a row's tokens, reduced over the query heads of a kv head, to [1, kv_heads, capacity]; or to
+    [1, query_heads, capacity], not reduced: then each is the only one of its kind."""
     _, kv_heads, capacity = scores.shape
     group = kept.shape[1] // kv_heads
     # Query heads of one kv head follow each other: a load with a stride takes the g-th of every kv head.

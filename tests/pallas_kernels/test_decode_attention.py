@@ -53,6 +53,7 @@ HAND_Q = [[[1.0], [0.0]]]
 HAND_K = [[[[0.0], [np.log(2)], [np.log(5)], [np.nan]]]]
 HAND_V = [[[[8.0], [16.0], [0.0], [1e30]]]]
 HAND_SCORES = {
+    "none": [[1 / 8, 2 / 8, 5 / 8, 0], [1 / 3, 1 / 3, 1 / 3, 0]],
     "max": [1 / 3, 1 / 3, 5 / 8, 0],
     "mean": [11 / 48, 14 / 48, 23 / 48, 0],  # (1/8 + 1/3) / 2 and so on
     "sum": [11 / 24, 14 / 24, 23 / 24, 0],
@@ -67,7 +68,7 @@ def test_worked_by_hand(implementation, layout, group_reduction):
     options = {"scale": 1.0, "group_reduction": group_reduction, "implementation": implementation}
     out, scores = jitted(decode_attention, return_scores=True, **options)(q, cache, lengths)
     np.testing.assert_allclose(out[0, :, 0], [5, 8], rtol=1e-6)
-    np.testing.assert_allclose(scores[0, 0], HAND_SCORES[group_reduction], rtol=1e-6)
+    np.testing.assert_allclose(scores[0], np.atleast_2d(HAND_SCORES[group_reduction]), rtol=1e-6)
     np.testing.assert_allclose(jitted(token_scores, **options)(q, cache, lengths), scores, rtol=1e-6)
 
 

@@ -51,6 +51,7 @@ SPECS = {
     "max": ArgSpec("gqa4_64_bfloat16", 4, 4, 64, "bfloat16", tokens=300, lengths=(300, 129, 0)),
     "mean": ArgSpec("gqa16_128_float32", 2, 16, 128, "float32", tokens=300, lengths=(256, 17, 300)),
     "sum": ArgSpec("gqa3_16_float32", 3, 3, 16, "float32", tokens=1100, lengths=(1, 0, 1050)),
+    "none": ArgSpec("gqa4_64_float32", 2, 4, 64, "float32", tokens=300, lengths=(0, 130, 300)),
 }
 # Copies made when they are started and when they are waited for: the same program twice, so one spec is enough.
 over_blocks = pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def selection_arguments(spec, args, key, shared):
 def check_selection(spec, args, key, dma="on_wait", shared=False, broken=None):
     valid, poisoned = selection_arguments(spec, args, key, shared)
     attend = program(selection_kernel.selection_attention, spec_of_shapes(spec), dma, broken)
-    out = attend(args.q, poisoned, valid, layer=jnp.int32(LAYER))
+    out, _ = attend(args.q, poisoned, valid, layer=jnp.int32(LAYER))
     assert_close(
         out, jitted(selection_attention, implementation="reference")(args.q, clean(args), valid), spec.tolerance
     )
@@ -190,7 +191,10 @@ def test_gradients_of_selection_attention(getkey):
 
     reference = functools.partial(selection_attention, implementation="reference")
     expected_q, expected_selection = jax.jit(gradients(reference))(args.q, selection)
-    kernel = functools.partial(selection_kernel.selection_attention, scale=spec.head_dim**-0.5, tokens=128)
+
+    def kernel(*args, **options):
+        return selection_kernel.selection_attention(*args, scale=spec.head_dim**-0.5, tokens=128, **options)[0]
+
     with interpreted():
         actual_q, actual_selection = jax.block_until_ready(jax.jit(gradients(kernel))(args.q, selection))
     assert np.abs(expected_q).max() > 0.1

@@ -34,6 +34,8 @@ from tests.pallas_kernels.arg_specs import (
 )
 
 BUDGET = 10
+# "pallas_tpu" has no scores of entries.
+WITH_SCORES = [pair for pair in IMPLEMENTATIONS_AND_LAYOUTS if pair[0] != "pallas_tpu"]
 by_name = functools.partial(pytest.mark.parametrize, ids=lambda spec: spec.name)
 
 
@@ -115,6 +117,25 @@ def test_gather_attention_is_gather_then_attend(implementation, layout, heads, s
     expected = oracle(args.q, selected(args, everyone), valid, layer=LAYER)
     attend = jitted(gather_attention, implementation=implementation)
     assert_close(attend(args.q, args.poisoned(layout), positions, layer=LAYER), expected, spec.tolerance)
+
+
+@by_name("spec", ARG_SPECS)
+@pytest.mark.parametrize("group_reduction", ["max", "none"])
+@pytest.mark.parametrize(("implementation", "layout"), WITH_SCORES)
+def test_selection_attention_gives_scores_of_entries(
+    implementation, layout, group_reduction, spec, getkey
+):
+    """As `decode_attention` does of a cache that holds the valid entries alone."""
+    args = cache_arguments(spec, getkey)
+    valid = jnp.arange(spec.tokens)[None, None, :] < args.lengths[:, None, None]
+    options = {"return_scores": True, "group_reduction": group_reduction}
+    expected = jitted(decode_attention, implementation="reference", **options)(
+        args.q, args.cache(), args.lengths, layer=LAYER
+    )
+    attend = jitted(selection_attention, implementation=implementation, **options)
+    out, scores = attend(args.q, args.poisoned(layout), valid, layer=LAYER)
+    assert_close(out, expected[0], spec.tolerance)
+    assert_close(scores, expected[1], 3e-6)
 
 
 @pytest.mark.parametrize(("implementation", "layout"), IMPLEMENTATIONS_AND_LAYOUTS)

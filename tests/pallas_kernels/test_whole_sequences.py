@@ -109,6 +109,19 @@ def test_prefill_attention_in_pieces_equals_causal_attention(implementation, lay
     assert_close(jnp.concatenate(pieces, axis=2), whole, TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("layout", ["head_major", "token_major"])
+def test_prefill_attention_with_a_start_for_each_row(implementation, layout, getkey):
+    q = normal(getkey(), (3, 4, 20, 16), "float32")
+    k, v = (normal(getkey(), (3, 2, CACHE_TOKENS, 16), "float32") for _ in range(2))
+    attend = jitted(prefill_attention, implementation=implementation)
+    starts = (0, CACHE_TOKENS - 20, BLOCK_KV - 7)
+    together = attend(q, from_heads(layout, k, v), jnp.array(starts))
+    for row, start in enumerate(starts):
+        alone = attend(q[row : row + 1], from_heads(layout, k[row : row + 1], v[row : row + 1]), jnp.int32(start))
+        assert_close(together[row : row + 1], alone, TOLERANCE["float32"])
+
+
 def test_prefill_attention_reads_no_block_beyond_its_chunk(getkey):
     """A NaN value spoils what multiplies it, if only by zero: these are in the first block not needed."""
     q = normal(getkey(), (1, 2, 50, 16), "float32")

@@ -41,7 +41,7 @@ def decode_attention(
     return_scores: Literal[True],
     group_reduction: str = "max",
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads capacity"]]: ...
+) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch heads capacity"]]: ...
 
 
 def decode_attention(
@@ -56,7 +56,7 @@ def decode_attention(
     implementation: str | None = None,
 ) -> (
     Float[Array, "batch query_heads head_dim"]
-    | tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads capacity"]]
+    | tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch heads capacity"]]
 ):
     """Attend the first `lengths[b]` slots of row b's cache; on request, say how much each was attended.
 
@@ -68,7 +68,8 @@ def decode_attention(
         layer: which layer of the cache.
         scale: factor on the logits; `head_dim ** -0.5` if None.
         return_scores: also return the scores, at the cost of no further read of the cache.
-        group_reduction: `"max"`, `"mean"` or `"sum"` of the probabilities over the query heads of a kv head.
+        group_reduction: `"max"`, `"mean"` or `"sum"` of the probabilities over the query heads of a kv head, or
+            `"none"`: then each query head has its own.
         implementation: see the package.
 
     Returns:
@@ -82,7 +83,7 @@ def decode_attention(
     check_query(q, cache, q_rank=3)
     check_shape("lengths", lengths, q.shape[:1], "the batch of q")
     check_values("lengths", lengths, 0, cache.capacity)
-    check_group_reduction(group_reduction)
+    check_group_reduction(group_reduction, or_none=True)
     out, scores = dispatch.run(
         "decode_attention",
         IMPLEMENTATIONS,

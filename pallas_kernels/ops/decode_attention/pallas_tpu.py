@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cache import KVCache
+from pallas_kernels.checks import PER_QUERY_HEAD
 from pallas_kernels.ops import running_softmax, token_major
 
 BLOCK_BYTES = 4 * 2**20  # long enough to hide a step's fixed costs, short beside the VMEM
@@ -29,7 +30,7 @@ def decode_attention(
     return_scores: bool,
     group_reduction: str,
     tokens: int | None = None,
-) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads capacity"] | None]:
+) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch heads capacity"] | None]:
     """As the operation; `tokens` per block, or as many as `BLOCK_BYTES` hold."""
     cache = token_major.require_token_major(cache, "decode_attention")
     expanded = token_major.expand_queries(q, cache)
@@ -40,7 +41,8 @@ def decode_attention(
     outputs = [jax.ShapeDtypeStruct(expanded.shape, q.dtype)]
     scratch = [running_softmax.running(query_heads), pltpu.VMEM((query_heads, lanes), jnp.float32)]
     if return_scores:
-        outputs.append(jax.ShapeDtypeStruct((batch, cache.kv_heads, cache.capacity), jnp.float32))
+        heads = query_heads if group_reduction == PER_QUERY_HEAD else cache.kv_heads
+        outputs.append(jax.ShapeDtypeStruct((batch, heads, cache.capacity), jnp.float32))
         scratch.append(running_softmax.kept_logits(query_heads, blocks, tokens))
     row_blocks = [token_major.row_of(output) for output in outputs]
     of_row = [pl.BlockSpec(row.shape, token_major.of_row) for row in row_blocks]

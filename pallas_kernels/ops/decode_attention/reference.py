@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cache import KVCache
 from pallas_kernels.ops import oracle
+from pallas_kernels.ops.one_query import reduce_group
 
 
 def decode_attention(
@@ -16,9 +17,9 @@ def decode_attention(
     scale: float,
     return_scores: bool,
     group_reduction: str,
-) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads capacity"] | None]:
+) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch heads capacity"] | None]:
     batch, kv_heads, tokens = cache.batch, cache.kv_heads, cache.capacity
     visible = jnp.arange(tokens)[None, None, None, :] < lengths[:, None, None, None]
     out, probabilities = oracle.attend(q[:, :, None, :], cache.keys(layer), cache.values(layer), visible, scale)
-    scores = getattr(probabilities.reshape(batch, kv_heads, -1, tokens), group_reduction)(axis=2)
+    scores = reduce_group(probabilities.reshape(batch, kv_heads, -1, tokens), group_reduction)
     return out[:, :, 0, :].astype(q.dtype), scores if return_scores else None

@@ -16,7 +16,7 @@ def decode_attention(
     scale: float,
     return_scores: bool,
     group_reduction: str,
-) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch kv_heads capacity"] | None]:
+) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch heads capacity"] | None]:
     visible = jnp.arange(cache.capacity)[None, None, :] < lengths[:, None, None]
     weights, total = softmax_weights(q, cache.keys(layer), visible, scale)
     out = weighted_values(weights, total, cache.values(layer)).astype(q.dtype)

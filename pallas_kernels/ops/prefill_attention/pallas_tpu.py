@@ -38,7 +38,7 @@ UNSEEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 def prefill_attention(
     q: Float[Array, "batch query_heads chunk head_dim"],
     cache: KVCache,
-    start: int | Int[Array, ""],
+    start: int | Int[Array, ""] | Int[Array, " batch"],
     *,
     layer: int | Int[Array, ""],
     scale: float,
@@ -54,6 +54,8 @@ def prefill_attention(
     per_query = (rows, heads * block_q)
 
     start = jnp.asarray(start, jnp.int32)
+    if start.ndim:
+        raise NotImplementedError("prefill_attention needs one start for all rows")
     query_spec = pl.BlockSpec((1, rows, heads, block_q, lanes), lambda b, i, j, _: (b, 0, 0, i, 0))
     cache_spec = pl.BlockSpec(
         token_major.block_shape(cache, block_kv),

@@ -10,12 +10,12 @@ from pallas_kernels.ops import oracle
 def prefill_attention(
     q: Float[Array, "batch query_heads chunk head_dim"],
     cache: KVCache,
-    start: int | Int[Array, ""],
+    start: int | Int[Array, ""] | Int[Array, " batch"],
     *,
     layer: int | Int[Array, ""],
     scale: float,
 ) -> Float[Array, "batch query_heads chunk head_dim"]:
-    own_slot = start + jnp.arange(q.shape[2])
-    visible = jnp.arange(cache.capacity)[None, :] <= own_slot[:, None]
-    out, _ = oracle.attend(q, cache.keys(layer), cache.values(layer), visible[None, None], scale)
+    own_slot = jnp.reshape(start, (-1, 1)) + jnp.arange(q.shape[2])[None, :]  # [batch or 1, chunk]
+    visible = jnp.arange(cache.capacity)[None, None, :] <= own_slot[:, :, None]
+    out, _ = oracle.attend(q, cache.keys(layer), cache.values(layer), visible[:, None], scale)
     return out.astype(q.dtype)

@@ -18,7 +18,7 @@ State = tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]
 def prefill_attention(
     q: Float[Array, "batch query_heads chunk head_dim"],
     cache: KVCache,
-    start: int | Int[Array, ""],
+    start: int | Int[Array, ""] | Int[Array, " batch"],
     *,
     layer: int | Int[Array, ""],
     scale: float,
@@ -29,7 +29,8 @@ def prefill_attention(
     block = min(BLOCK_KV, tokens)
     # The query heads of a kv head and the rows of the chunk form one axis: one matrix product per kv head.
     queries = q.astype(cache.dtype).reshape(batch, kv_heads, group * chunk, head_dim)
-    own_slot = jnp.tile(start + jnp.arange(chunk), group)[:, None]
+    starts = jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1))  # one for all rows, or one per row
+    own_slot = jnp.tile(starts + jnp.arange(chunk)[None, :], (1, group))[:, :, None]
 
     def visit(index: Int[Array, ""], state: State) -> State:
         out, largest, total = state
@@ -37,10 +38,10 @@ def prefill_attention(
         # then skipped.
         first = jnp.minimum(index * block, tokens - block)
         k_block, v_block = cache.block(layer, first, block)
-        slots = (first + jnp.arange(block))[None, :]
+        slots = (first + jnp.arange(block))[None, None, :]
         visible = (slots >= index * block) & (slots <= own_slot)
         logits = scale * jnp.einsum("bnqd,bntd->bnqt", queries, k_block, preferred_element_type=jnp.float32)
-        logits = jnp.where(visible[None, None], logits, -jnp.inf)
+        logits = jnp.where(visible[:, None], logits, -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
         weights = jnp.exp(logits - new_largest)
         decay = jnp.exp(largest - new_largest)
@@ -60,6 +61,6 @@ def prefill_attention(
         jnp.full((*per_query, 1), jnp.finfo(jnp.float32).min),
         jnp.zeros((*per_query, 1), jnp.float32),
     )
-    blocks = (jnp.asarray(start, jnp.int32) + chunk + block - 1) // block
+    blocks = (jnp.max(starts) + chunk + block - 1) // block
     out, _, total = lax.fori_loop(0, jnp.minimum(blocks, -(-tokens // block)), visit, state)
     return (out / total).astype(q.dtype).reshape(q.shape)

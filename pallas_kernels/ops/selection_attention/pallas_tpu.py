@@ -26,12 +26,17 @@ def selection_attention(
     *,
     layer: int | Int[Array, ""],
     scale: float,
+    return_scores: bool = False,
+    group_reduction: str = "max",
     tokens: int | None = None,
-) -> Float[Array, "batch query_heads head_dim"]:
+) -> tuple[Float[Array, "batch query_heads head_dim"], None]:
     """As the operation; `tokens` per block, or as many as `BLOCK_BYTES` hold."""
+    del group_reduction
+    if return_scores:
+        raise NotImplementedError("selection_attention has no kernel with scores")
     selection = token_major.require_token_major(selection, "selection_attention")
     tokens = tokens or token_major.block_tokens(selection, BLOCK_BYTES)
-    return _attend(q, selection, valid, jnp.asarray(layer, jnp.int32), scale, tokens)
+    return _attend(q, selection, valid, jnp.asarray(layer, jnp.int32), scale, tokens), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -81,7 +86,7 @@ def _attend_forward(q, selection, valid, layer, scale, tokens):
 def _attend_backward(scale, tokens, inputs, cotangent):
     q, selection, valid, layer = inputs
     _, pull_back = jax.vjp(
-        lambda q, selection: xla.selection_attention(q, selection, valid, layer=layer, scale=scale), q, selection
+        lambda q, selection: xla.selection_attention(q, selection, valid, layer=layer, scale=scale)[0], q, selection
     )
     return (*pull_back(cotangent), None, None)
 

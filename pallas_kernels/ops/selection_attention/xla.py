@@ -3,7 +3,7 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.cache import KVCache
-from pallas_kernels.ops.one_query import softmax_weights, weighted_values
+from pallas_kernels.ops.one_query import reduce_group, softmax_weights, weighted_values
 
 
 def selection_attention(
@@ -13,6 +13,9 @@ def selection_attention(
     *,
     layer: int | Int[Array, ""],
     scale: float,
-) -> Float[Array, "batch query_heads head_dim"]:
+    return_scores: bool = False,
+    group_reduction: str = "max",
+) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch score_heads budget"] | None]:
     weights, total = softmax_weights(q, selection.keys(layer), valid, scale)
-    return weighted_values(weights, total, selection.values(layer)).astype(q.dtype)
+    out = weighted_values(weights, total, selection.values(layer)).astype(q.dtype)
+    return out, reduce_group(weights / total, group_reduction) if return_scores else None

@@ -23,7 +23,7 @@ def token_scores(
     scale: float | None = None,
     group_reduction: str = "max",
     implementation: str | None = None,
-) -> Float[Array, "batch kv_heads capacity"]:
+) -> Float[Array, "batch heads capacity"]:
     """Softmax probability of every slot, per query head, reduced over the query heads of a kv head.
 
     Probabilities are aggregated rather than logits, because the scale of logits differs between heads.
@@ -35,11 +35,11 @@ def token_scores(
         lengths: slots in use per row, 0 to the capacity, the present token included.
         layer: which layer of the cache.
         scale: factor on the logits; `head_dim ** -0.5` if None.
-        group_reduction: `"max"`, `"mean"` or `"sum"` over the query heads of a kv head.
+        group_reduction: `"max"`, `"mean"` or `"sum"` over the query heads of a kv head, or `"none"`.
         implementation: see the package.
 
     Returns:
-        Scores in float32, 0 in padding.
+        Scores in float32, 0 in padding. `heads` is kv_heads, or query_heads with `"none"`.
 
     Raises:
         ValueError: shapes do not fit, `lengths` out of range, unknown `group_reduction` or `implementation`.
@@ -48,7 +48,7 @@ def token_scores(
     check_query(q, cache, q_rank=3)
     check_shape("lengths", lengths, q.shape[:1], "the batch of q")
     check_values("lengths", lengths, 0, cache.capacity)
-    check_group_reduction(group_reduction)
+    check_group_reduction(group_reduction, or_none=True)
     return dispatch.run(
         "token_scores",
         IMPLEMENTATIONS,

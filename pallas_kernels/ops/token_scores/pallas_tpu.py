@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cache import KVCache
+from pallas_kernels.checks import PER_QUERY_HEAD
 from pallas_kernels.ops import running_softmax, token_major
 
 BLOCK_BYTES = 4 * 2**20  # long enough to hide a step's fixed costs, short beside the VMEM
@@ -27,7 +28,7 @@ def token_scores(
     scale: float,
     group_reduction: str,
     tokens: int | None = None,
-) -> Float[Array, "batch kv_heads capacity"]:
+) -> Float[Array, "batch heads capacity"]:
     """As the operation; `tokens` per block, or as many as `BLOCK_BYTES` hold.
 
     The logits of a row stay in VMEM until its end: 4 bytes per query head and slot.
@@ -38,7 +39,8 @@ def token_scores(
     tokens = tokens or token_major.block_tokens(cache, BLOCK_BYTES, keys_only=True)
     blocks = pl.cdiv(cache.capacity, tokens)
     block = jax.ShapeDtypeStruct(token_major.block_shape(cache, tokens, keys_only=True), cache.dtype)
-    scores = jax.ShapeDtypeStruct((batch, cache.kv_heads, cache.capacity), jnp.float32)
+    heads = query_heads if group_reduction == PER_QUERY_HEAD else cache.kv_heads
+    scores = jax.ShapeDtypeStruct((batch, heads, cache.capacity), jnp.float32)
     scratch = [
         running_softmax.running(query_heads),
         running_softmax.kept_logits(query_heads, blocks, tokens),

@@ -15,7 +15,7 @@ def token_scores(
     layer: int | Int[Array, ""],
     scale: float,
     group_reduction: str,
-) -> Float[Array, "batch kv_heads capacity"]:
+) -> Float[Array, "batch heads capacity"]:
     visible = jnp.arange(cache.capacity)[None, None, :] < lengths[:, None, None]
     weights, total = softmax_weights(q, cache.keys(layer), visible, scale)
     return reduce_group(weights / total, group_reduction)
