@@ -18,8 +18,9 @@ from jsonargparse import auto_cli
 from eval.provenance import provenance
 from recycled_jax.commands.loading import Checkpoint
 from recycled_jax.commands.measure import measure
+from recycled_jax.frame import AttentionScorer, Never, Recycling, TopK
 from recycled_jax.generate import read
-from recycled_jax.policies import AttentionScorer, Never, Policy, Recycling, TopK, make_policy
+from recycled_jax.policies import Policy, make_policy
 from recycled_jax.tasks.prose import generated_sentences
 
 

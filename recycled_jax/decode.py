@@ -1,43 +1,35 @@
 """Prefill and the decode step: tokens in, logits and the next `DecodeState` out.
 
 A token's way through a step: embedding → per layer: q, k, v → k, v appended to the cache → attention, over the
-whole cache or over the recycled selection (`recycling`) → MLP → logits.
+whole cache or over the recycled selection (`frame`) → MLP → logits.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import KVCache, decode_attention, prefill_attention
-from recycled_jax import recycling, rope
+from pallas_kernels import decode_attention, token_scores
+from recycled_jax import rope
+from recycled_jax.frame.layer_plan import Role
+from recycled_jax.frame.method import Here, LayerTrace, StepKind, Token, dense_trace
+from recycled_jax.frame.prompt import (
+    DensePrefill,
+    LastQueries,
+    Observer,
+    PrefillAttention,
+    Prefilled,
+    PromptChunk,
+    PromptRecord,
+)
 from recycled_jax.model import Llama, attention_inputs, attention_output, embed, logits, mlp
 from recycled_jax.policies import Policy
-from recycled_jax.recycling import LayerInput, LayerTrace, StepKind
 from recycled_jax.state import DecodeState, model_cache
 
 Params = Mapping
-
-
-@struct.dataclass
-class PromptEnds:
-    """What the last token of every prompt leaves behind besides keys and values: all that a first selection needs."""
-
-    lengths: Int[Array, " batch"]
-    logits: Float[Array, "batch vocab"]
-    bare_q: Float[Array, "layers batch query_heads head_dim"]  # its queries, before rotation
-    q: Float[Array, "layers batch query_heads head_dim"]
-
-
-@struct.dataclass
-class Prefilled:
-    """Prompts that have been read: any policy can go on from here, several from the same one."""
-
-    cache: KVCache
-    ends: PromptEnds
 
 
 def read_prompts(
@@ -48,63 +40,70 @@ def read_prompts(
     *,
     capacity: int,
     chunk: int = 512,
+    prefill: PrefillAttention | None = None,
+    observers: Sequence[Observer] = (),
     implementation: str | None = None,
 ) -> Prefilled:
     """Runs the prompts through the model and fills the cache.
 
     `tokens` are padded on the right to a multiple of `chunk`; `lengths` (at least 1) say how many count. The prompt
     goes through in pieces of `chunk` tokens, so no matrix of tokens × tokens exists. `capacity` is the number of
-    slots per row of the cache and must hold the padded prompt.
+    slots per row of the cache and must hold the padded prompt. `prefill` is how prompts attend (default: to
+    everything); `observers` are those of the policies that will go on from here (`Policy.observers`), beside the last
+    query, which is always kept.
     """
     config, weights = model.config, params["params"]
     batch, padded = tokens.shape
     if padded % chunk or padded > capacity:
         raise ValueError(f"tokens has {padded} columns, expected a multiple of chunk={chunk} within {capacity=}")
+    prefill = DensePrefill() if prefill is None else prefill
+    prefill.check(config, chunk)
+    watching = tuple(dict.fromkeys((LastQueries(1), *observers)))
     rows = jnp.arange(batch)
 
     def read_chunk(index, carry):
-        cache, last, bare_q_end, q_end = carry
+        cache, last, carried, seen = carry
         start = index * chunk
         piece = lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
         angles = rope.angles(config, (start + jnp.arange(chunk, dtype=jnp.int32))[None, :])
-        column = jnp.clip(lengths - 1 - start, 0, chunk - 1)
-        ends_here = (lengths - 1) // chunk == index
 
         def layer_step(carry, inputs):
-            x, cache = carry
+            x, cache, carried, handed, seen = carry
             w, layer = inputs
             bare_q, k, v = attention_inputs(w, config, x)
             q, k = rope.rotate(bare_q, *angles), rope.rotate(k, *angles)
             cache = cache.write(layer, start, k, v)
-            attended = prefill_attention(q, cache, start, layer=layer, implementation=implementation)
+            here = PromptChunk(layer, start, lengths, bare_q, q, k, v, implementation)
+            attended, carried, handed = prefill.attend(carried, handed, here, cache)
+            seen = tuple(o.observe(s, here, cache) for o, s in zip(watching, seen, strict=True))
             x = x + attention_output(w, attended)
             x = x + mlp(w, config, x)
-            return (x, cache), (bare_q[rows, :, column], q[rows, :, column])
+            return (x, cache, carried, handed, seen), None
 
         x = embed(weights, piece, model.dtype)
-        (x, cache), (bare_q, q) = lax.scan(layer_step, (x, cache), (weights["layers"], jnp.arange(config.layers)))
+        handed = prefill.before_layers(config, batch=batch, capacity=capacity, chunk=chunk)
+        carry = (x, cache, carried, handed, seen)
+        (x, cache, carried, _, seen), _ = lax.scan(layer_step, carry, (weights["layers"], jnp.arange(config.layers)))
+        column = jnp.clip(lengths - 1 - start, 0, chunk - 1)
+        ends_here = (lengths - 1) // chunk == index
         last = jnp.where(ends_here[:, None], x[rows, column], last)
-        bare_q_end = jnp.where(ends_here[None, :, None, None], bare_q, bare_q_end)
-        q_end = jnp.where(ends_here[None, :, None, None], q, q_end)
-        return cache, last, bare_q_end, q_end
+        return cache, last, carried, seen
 
-    cache = model_cache(config, batch=batch, capacity=capacity, dtype=model.dtype, implementation=implementation)
+    sizes = {"batch": batch, "capacity": capacity, "dtype": model.dtype}
+    cache = model_cache(config, **sizes, implementation=implementation)
     last = jnp.zeros((batch, config.embed), model.dtype)
-    no_query = jnp.zeros((config.layers, batch, config.query_heads, config.head_dim), model.dtype)
+    carry = (cache, last, prefill.start(config, **sizes), tuple(o.start(config, **sizes) for o in watching))
     with jax.named_scope("prefill"):
-        cache, last, bare_q, q = lax.fori_loop(0, padded // chunk, read_chunk, (cache, last, no_query, no_query))
-    return Prefilled(cache, PromptEnds(lengths, logits(weights, config, last[:, None])[:, 0], bare_q, q))
+        cache, last, carried, seen = lax.fori_loop(0, padded // chunk, read_chunk, carry)
+    end = logits(weights, config, last[:, None])[:, 0]
+    return Prefilled(cache, PromptRecord(lengths, end, (carried, *seen), (prefill, *watching)))
 
 
 def begin(policy: Policy, prefilled: Prefilled, *, implementation: str | None = None) -> DecodeState:
-    """The state before the first decode step, with the policy's first selection made by each prompt's last token."""
-    cache, ends = prefilled.cache, prefilled.ends
-    selection = memory = None
-    if policy.recycling is not None:
-        selection, memory = recycling.first_selection(
-            policy.recycling, cache, ends.lengths, ends.bare_q, ends.q, implementation=implementation
-        )
-    return DecodeState(cache, ends.lengths, jnp.zeros((), jnp.int32), selection, memory)
+    """The state before the first decode step, with what the policy's method keeps, a first selection for instance."""
+    kept = policy.method.begin(prefilled, implementation=implementation)
+    cache = prefilled.cache if policy.method.keeps_cache else None
+    return DecodeState(cache, prefilled.prompts.lengths, jnp.zeros((), jnp.int32), kept)
 
 
 def prefill(
@@ -120,9 +119,17 @@ def prefill(
 ) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """`read_prompts`, then `begin`: the logits of each row's last token, and the state to decode from."""
     prefilled = read_prompts(
-        model, params, tokens, lengths, capacity=capacity, chunk=chunk, implementation=implementation
+        model,
+        params,
+        tokens,
+        lengths,
+        capacity=capacity,
+        chunk=chunk,
+        prefill=policy.prefill,
+        observers=policy.observers,
+        implementation=implementation,
     )
-    return prefilled.ends.logits, begin(policy, prefilled, implementation=implementation)
+    return prefilled.prompts.logits, begin(policy, prefilled, implementation=implementation)
 
 
 def decode_step(
@@ -143,59 +150,55 @@ def decode_step(
     active row needs a free slot. `kind` other than `scheduled` overrides the schedule. `coverage` also measures the
     attention mass on the selection, at the price of reading all keys.
     """
-    config, weights = model.config, params["params"]
+    config, weights, method = model.config, params["params"], policy.method
+    if coverage and state.cache is None:
+        raise ValueError(f"coverage=True needs the full cache, which policy {policy.name!r} has dropped")
     active = jnp.ones(token.shape, bool) if active is None else active
     lengths = state.lengths + active
     step = state.step + jnp.any(active)
-    # past the end: the row writes nothing
-    slots = jnp.where(active, state.lengths, state.cache.capacity)
     angles = rope.angles(config, state.lengths[:, None])
 
-    def layer_step(carry, inputs):
-        x, cache, selection, memory = carry
-        w, layer = inputs
+    def layer_step(carry, layer, role: Role):
+        x, cache, kept, handed = carry
+        w = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, layer, keepdims=False), weights["layers"])
         bare_q, k, v = attention_inputs(w, config, x)
         q, k = rope.rotate(bare_q, *angles), rope.rotate(k, *angles)
-        here = LayerInput(*(heads[:, :, 0] for heads in (bare_q, q, k, v)))
-        # Written outside any conditional: a branch that returned the cache would copy it.
-        cache = cache.append(layer, slots, here.k, here.v)
-        if policy.recycling is None:
+        present = Token(*(heads[:, :, 0] for heads in (bare_q, q, k, v)))
+        here = Here(layer, lengths, step, active, kind, implementation)
+        if cache is not None:
+            # Written outside any conditional: a branch that returned the cache would copy it. Past the end, the row
+            # writes nothing.
+            slots = jnp.where(active, state.lengths, cache.capacity)
+            cache = cache.append(layer, slots, present.k, present.v)
+        if role == "dense":
             with jax.named_scope("attention/full"):
-                attended = decode_attention(here.q, cache, lengths, layer=layer, implementation=implementation)
-            trace = None
+                assert cache is not None  # a method with dense layers keeps it
+                output = decode_attention(present.q, cache, lengths, **here.to_op)
+            trace = dense_trace(lengths, active)
         else:
-            attended, selection, memory, trace = recycling.attend(
-                policy.recycling,
-                layer,
-                here,
-                cache,
-                selection,
-                memory,
-                lengths=lengths,
-                step=step,
-                active=active,
-                kind=kind,
-                coverage=coverage,
-                implementation=implementation,
-            )
-        x = x + attention_output(w, attended[:, :, None])
+            output, kept, handed, trace, positions = method.attend(role, present, cache, kept, handed, here)
+            if coverage and positions is not None:
+                trace = trace._replace(coverage=_coverage(present.q, cache, positions, here))
+        x = x + attention_output(w, output[:, :, None])
         x = x + mlp(w, config, x)
-        return (x, cache, selection, memory), trace
+        return (x, cache, kept, handed), trace
 
     x = embed(weights, token[:, None], model.dtype)
-    carry = (x, state.cache, state.selection, state.memory)
-    (x, cache, selection, memory), trace = lax.scan(layer_step, carry, (weights["layers"], jnp.arange(config.layers)))
-    if trace is None:
-        trace = _dense_trace(config.layers, active)
-    return (
-        logits(weights, config, x)[:, 0],
-        DecodeState(cache, lengths, step, selection, memory),
-        trace,
-    )
+    carry = (x, state.cache, state.kept, method.before_layers(state.kept, state.cache))
+    traces = []
+    for role, run in method.runs(config.layers):
+        # over numbers, not over slices of the weights: a slice of the stack would be copied
+        carry, trace = lax.scan(functools.partial(layer_step, role=role), carry, jnp.arange(run.start, run.stop))
+        traces.append(trace)
+    x, cache, kept, _ = carry
+    trace = jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces)
+    return logits(weights, config, x)[:, 0], DecodeState(cache, lengths, step, kept), trace
 
 
-def _dense_trace(layers: int, active: Bool[Array, " batch"]) -> LayerTrace:
-    """Every active row reads everything in every layer."""
-    always = jnp.broadcast_to(active[None], (layers, *active.shape))
-    nothing = jnp.full(always.shape, jnp.nan)
-    return LayerTrace(always, always, nothing, nothing, nothing)
+def _coverage(
+    q: Float[Array, "batch query_heads head_dim"], cache, positions: Int[Array, "batch heads entries"], here: Here
+) -> Float[Array, " batch"]:
+    mass = token_scores(q, cache, here.lengths, group_reduction="mean", **here.to_op)
+    positions = jnp.broadcast_to(positions, (*mass.shape[:2], positions.shape[2]))  # where the heads share one
+    held = jnp.take_along_axis(mass, jnp.maximum(positions, 0), axis=-1)
+    return jnp.mean(jnp.sum(jnp.where(positions >= 0, held, 0.0), axis=-1), axis=-1)

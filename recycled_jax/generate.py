@@ -14,10 +14,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import KVCache
-from recycled_jax.decode import Params, Prefilled, PromptEnds, begin, decode_step, read_prompts
+from recycled_jax.decode import Params, begin, decode_step, read_prompts
+from recycled_jax.frame import FixedStride, LayerTrace, PrefillAttention, Prefilled, PromptRecord, Recycling
 from recycled_jax.model import Llama
-from recycled_jax.policies import FixedStride, Policy
-from recycled_jax.recycling import LayerTrace
+from recycled_jax.policies import Policy
 from recycled_jax.sampling import Sampling, sample
 from recycled_jax.state import DecodeState
 from recycled_jax.telemetry import Telemetry
@@ -104,13 +104,14 @@ def generate(
         if capacity is not None or chunk is not None:
             raise ValueError(f"capacity={capacity} and chunk={chunk} belong to prompts that are still to be read")
         prefilled, begin_loop = prompts, start
-        _check_capacity(prefilled.cache.capacity, int(prefilled.ends.lengths.max()), max_new_tokens)
+        _check_capacity(prefilled.cache.capacity, int(prefilled.prompts.lengths.max()), max_new_tokens)
     else:
         options = {"capacity": capacity, "chunk": 512 if chunk is None else chunk, "implementation": implementation}
-        prefilled, begin_loop = read(model, params, prompts, max_new_tokens=max_new_tokens, **options), _start_donating
-    lengths = np.asarray(prefilled.ends.lengths)
+        prefilled = read(model, params, prompts, policies=[policy], max_new_tokens=max_new_tokens, **options)
+        begin_loop = _start_donating if policy.method.keeps_cache else start
+    lengths = np.asarray(prefilled.prompts.lengths)
     static = {"policy": policy, "sampling": sampling, "implementation": implementation}
-    state, first = begin_loop(model, prefilled.cache, prefilled.ends, jax.random.key(seed), **static)
+    state, first = begin_loop(model, prefilled.cache, prefilled.prompts, jax.random.key(seed), **static)
     del prefilled  # donated, unless it is the caller's
     first_token, first_log_prob = jax.device_get(first)
     begun = time.perf_counter()
@@ -152,12 +153,15 @@ def read(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    policies: Sequence[Policy] = (),
     capacity: int | None = None,
     chunk: int = 512,
     implementation: str | None = None,
 ) -> Prefilled:
     """Runs the prompts through the model, `chunk` tokens at a time, and keeps room for `max_new_tokens` more.
 
+    `policies` are those that will go on from here, which must read prompts alike; those that begin with the last
+    query of a prompt and its keys, as most do, need not be named.
     `capacity` is the number of cache slots per row (default: what prompt and answer need), rounded up to a multiple of
     128 and to where the last chunk of the longest prompt ends. Raises ValueError as `generate` does.
     """
@@ -167,16 +171,35 @@ def read(
         capacity = int(lengths.max()) + max_new_tokens
     _check_capacity(capacity, int(lengths.max()), max_new_tokens)
     capacity = -(-max(capacity, tokens.shape[1]) // _ALIGNMENT) * _ALIGNMENT
-    return _read(model, params, tokens, lengths, capacity=capacity, chunk=chunk, implementation=implementation)
+    return _read(
+        model,
+        params,
+        tokens,
+        lengths,
+        capacity=capacity,
+        chunk=chunk,
+        prefill=_common_prefill(policies),
+        observers=tuple(dict.fromkeys(observer for policy in policies for observer in policy.observers)),
+        implementation=implementation,
+    )
 
 
-_read = jax.jit(read_prompts, static_argnames=("model", "capacity", "chunk", "implementation"))
+_read = jax.jit(read_prompts, static_argnames=("model", "capacity", "chunk", "prefill", "observers", "implementation"))
+
+
+def _common_prefill(policies: Sequence[Policy]) -> PrefillAttention | None:
+    ways = {policy.prefill: policy.name for policy in policies}
+    if len(ways) > 1:
+        raise ValueError(
+            f"policies {', '.join(map(repr, ways.values()))} read prompts in different ways; read each alone"
+        )
+    return next(iter(ways), None)
 
 
 def _start(
     model: Llama,
     cache: KVCache,
-    ends: PromptEnds,
+    prompts: PromptRecord,
     key: jax.Array,
     *,
     policy: Policy,
@@ -184,8 +207,8 @@ def _start(
     implementation: str | None,
 ) -> tuple[LoopState, tuple[Int[Array, " batch"], Float[Array, " batch"]]]:
     """The first selection, and the first token, which comes from the prefill's logits."""
-    token, log_prob = sample(sampling, ends.logits, jax.random.fold_in(key, 0))
-    decode = begin(policy, Prefilled(cache, ends), implementation=implementation)
+    token, log_prob = sample(sampling, prompts.logits, jax.random.fold_in(key, 0))
+    decode = begin(policy, Prefilled(cache, prompts), implementation=implementation)
     return LoopState(decode, token, ~_is_eos(model, token), key), (token, log_prob)
 
 
@@ -270,7 +293,7 @@ def _empty_block(model: Llama, steps: int, batch: int) -> Block:
     return Block(
         jnp.zeros((steps, batch), jnp.int32),
         jnp.zeros((steps, batch)),
-        LayerTrace(no, no, nothing, nothing, nothing),
+        LayerTrace(no, no, nothing, nothing, jnp.zeros(layers), jnp.zeros(layers), nothing),
         jnp.zeros(batch, jnp.int32),
     )
 
@@ -280,10 +303,10 @@ def _is_eos(model: Llama, token: Int[Array, " batch"]) -> Bool[Array, " batch"]:
 
 
 def _nested_stride(policy: Policy) -> int:
-    schedule = None if policy.recycling is None else policy.recycling.schedule
-    if not isinstance(schedule, FixedStride):
+    method = policy.method
+    if not (isinstance(method, Recycling) and isinstance(method.schedule, FixedStride)):
         raise ValueError(f"loop='nested' needs a policy with a fixed stride, {policy.name!r} has none")
-    return schedule.stride
+    return method.schedule.stride
 
 
 def _at_least_one(name: str, value: int) -> None:
@@ -326,4 +349,4 @@ def _telemetry(
         name: np.concatenate([np.asarray(getattr(block.trace, name))[: np.max(block.steps)] for block in parts])
         for name in LayerTrace._fields
     }
-    return Telemetry(model.config, policy, state.cache.dtype.itemsize, lengths, steps, **trace)
+    return Telemetry(model.config, policy, jnp.dtype(model.dtype).itemsize, lengths, steps, **trace)

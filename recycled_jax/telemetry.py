@@ -26,6 +26,8 @@ class Telemetry:
     refreshed: Bool[np.ndarray, "steps layers batch"]
     similarity: Float[np.ndarray, "steps layers batch"]
     overlap: Float[np.ndarray, "steps layers batch"]
+    attended: Float[np.ndarray, "steps layers batch"]
+    scored: Float[np.ndarray, "steps layers batch"]
     coverage: Float[np.ndarray, "steps layers batch"]
 
     def refreshes(self) -> Int[np.ndarray, "layers batch"]:
@@ -50,13 +52,17 @@ class Telemetry:
         """Mean share of attention mass on the selection over the row's steps; NaN when it was not recorded."""
         return _mean_where(self.coverage, ~np.isnan(self.coverage) & self._running())
 
-    def kv_bytes_per_token(self) -> Float[np.ndarray, " batch"]:
-        """Bytes of keys and values that a decode step had to read, mean over the row's steps; 0 without steps.
+    def mean_attended(self) -> Float[np.ndarray, "layers batch"]:
+        """Mean slots attended per step and kv head."""
+        return _mean_where(self.attended, self._running())
 
-        Valid slots by the observed schedule, whatever a back end reads beyond them: a recycled step reads its
-        selection; a refresh reads all keys (all values too with `refresh="full"`), and copies the selection.
+    def kv_bytes_per_token(self) -> Float[np.ndarray, " batch"]:
+        """Bytes that a decode step had to read to attend and to score, mean over the row's steps; 0 without steps.
+
+        Valid slots by the observed schedule, whatever a back end reads beyond them: keys and values of what is
+        attended, what the scorer reads (keys, or what it keeps in their place), and selections that are copied.
         """
-        return self._mean_over_steps(self._slots_read())
+        return self._mean_over_steps(2 * self.attended + self.scored)
 
     def dense_kv_bytes_per_token(self) -> Float[np.ndarray, " batch"]:
         """What the dense policy would have read for the same tokens."""
@@ -70,18 +76,6 @@ class Telemetry:
     def _lengths(self) -> Int[np.ndarray, "steps batch"]:
         """Slots in use at each step, the present token included."""
         return self.prompt_lengths[None, :] + 1 + np.arange(len(self.refreshed))[:, None]
-
-    def _slots_read(self) -> Float[np.ndarray, "steps layers batch"]:
-        """Key slots plus value slots read per kv head."""
-        lengths = self._lengths()[:, None, :]
-        recycling = self.policy.recycling
-        if recycling is None:
-            return 2.0 * lengths * np.ones((1, self.config.layers, 1))
-        reuse = 2.0 * np.minimum(lengths, recycling.selector.k)
-        scoring = (2.0 if recycling.refresh == "full" else 1.0) * lengths
-        # gathering reads the selection; attending it right after is another read
-        refresh = scoring + reuse * (1 if recycling.refresh == "full" else 2)
-        return np.where(self.refreshed, refresh, reuse)
 
     def _mean_over_steps(self, slots: Float[np.ndarray, "steps layers batch"]) -> Float[np.ndarray, " batch"]:
         total = np.where(self._running(), slots, 0).sum(axis=(0, 1))

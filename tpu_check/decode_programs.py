@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from recycled_jax.config import LlamaConfig
-from recycled_jax.decode import Prefilled, PromptEnds, begin, decode_step
+from recycled_jax.decode import begin, decode_step
+from recycled_jax.frame import LastQueries, Prefilled, PromptRecord, StepKind
+from recycled_jax.frame.prompt import QueryWindow
 from recycled_jax.generate import LoopState, run_block
 from recycled_jax.model import Llama
 from recycled_jax.policies import Policy, make_policy
-from recycled_jax.recycling import StepKind
 from recycled_jax.sampling import Sampling
 from recycled_jax.state import DecodeState, model_cache
 from recycled_jax.weights import map_weights
@@ -120,10 +121,11 @@ def _params(config: LlamaConfig) -> Any:
 
 
 def _state(config: LlamaConfig, batch: int, policy: Policy) -> DecodeState:
-    query = jnp.zeros((config.layers, batch, config.query_heads, config.head_dim), DTYPE)
-    ends = PromptEnds(jnp.zeros(batch, jnp.int32), jnp.zeros((batch, config.vocab)), query, query)
+    query = jnp.zeros((config.layers, batch, config.query_heads, 1, config.head_dim), DTYPE)
+    seen, logits = QueryWindow(query, query), jnp.zeros((batch, config.vocab))
+    prompts = PromptRecord(jnp.zeros(batch, jnp.int32), logits, (seen,), (LastQueries(1),))
     cache = model_cache(config, batch=batch, capacity=TOKENS, dtype=DTYPE, implementation=None)
-    return begin(policy, Prefilled(cache, ends))
+    return begin(policy, Prefilled(cache, prompts))
 
 
 def _weight_bytes(config: LlamaConfig, params: Any) -> int:
@@ -133,9 +135,9 @@ def _weight_bytes(config: LlamaConfig, params: Any) -> int:
 
 
 def _recycled_bytes(state: DecodeState) -> int:
-    return nbytes(state.selection)
+    return nbytes(state.kept.selection)
 
 
 def _refresh_bytes(state: DecodeState) -> int:
     """The cache is read, the new selection fetched from it and written; its scores need not leave the chip."""
-    return nbytes(state.cache) + 2 * nbytes(state.selection)
+    return nbytes(state.cache) + 2 * nbytes(state.kept.selection)

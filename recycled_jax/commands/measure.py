@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from recycled_jax.decode import Params, Prefilled
+from recycled_jax.decode import Params
+from recycled_jax.frame import Prefilled
 from recycled_jax.generate import generate
 from recycled_jax.model import Llama
 from recycled_jax.policies import Policy

@@ -1,165 +1,261 @@
-"""One layer's attention in one decode step under a recycling policy: refresh the selection, or reuse it.
+"""Recycling: a selection is copied into a compact buffer and attended for many steps, until the schedule refreshes it.
 
 This is the heart of the library. The new token already stands in the full cache; the schedule says which rows
-refresh; `lax.cond` reads the cache only if some row does.
+refresh; `lax.cond` reads the cache only if some row does. Layers that follow another take over its decisions and its
+slots, and only copy their own keys and values.
 """
 
-from typing import Literal, NamedTuple
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import KVCache, gather_selection, selection_attention, token_scores
-from recycled_jax.policies import Recycling
-from recycled_jax.policies.policy import RowRule
-from recycled_jax.state import RefreshMemory, Selection
+from pallas_kernels import KVCache, gather_selection, selection_attention
+from recycled_jax.frame.layer_plan import EVERY_LAYER, LayerPlan, Role
+from recycled_jax.frame.method import Attended, Here, LayerTrace, Method, Token, slots_held
+from recycled_jax.frame.prompt import LastQueries
+from recycled_jax.frame.schedules import QueryCheck, Schedule
+from recycled_jax.frame.scorers import Scorer
+from recycled_jax.frame.selectors import TopK
 
-# `scheduled`: the policy's schedule decides, by `lax.cond`. The other two leave no conditional in the program: for
-# loops that know the phase of a fixed stride themselves.
-StepKind = Literal["scheduled", "refresh", "recycled"]
-
-
-class LayerInput(NamedTuple):
-    """The present token, as one layer sees it; `bare_q` is `q` before rotation."""
-
-    bare_q: Float[Array, "batch query_heads head_dim"]
-    q: Float[Array, "batch query_heads head_dim"]
-    k: Float[Array, "batch kv_heads head_dim"]
-    v: Float[Array, "batch kv_heads head_dim"]
+RefreshAttention = Literal["full", "selection"]
+RowRule = Literal["per_row", "any", "all"]
 
 
-class LayerTrace(NamedTuple):
-    """What happened in one layer at one step, for telemetry; NaN where it does not apply."""
+@struct.dataclass
+class Selection:
+    """The slots that recycled steps read, copied once into a compact buffer.
 
-    requested: Bool[Array, " batch"]  # the row's own wish
-    refreshed: Bool[Array, " batch"]  # after the row rule
-    similarity: Float[Array, " batch"]  # cosine with the query of the last refresh
-    overlap: Float[
-        Array, " batch"
-    ]  # at a refresh: Jaccard overlap of what was held and what is now, mean over kv heads
-    coverage: Float[Array, " batch"]  # attention mass on the selection, mean over query heads; when asked for
-
-
-def attend(
-    recycling: Recycling,
-    layer: Int[Array, ""],
-    token: LayerInput,
-    cache: KVCache,
-    selection: Selection,
-    memory: RefreshMemory,
-    *,
-    lengths: Int[Array, " batch"],
-    step: Int[Array, ""],
-    active: Bool[Array, " batch"],
-    kind: StepKind,
-    coverage: bool,
-    implementation: str | None,
-) -> tuple[Float[Array, "batch query_heads head_dim"], Selection, RefreshMemory, LayerTrace]:
-    """Attention of the present token, and the layer's selection and memory after it.
-
-    `lengths` count the present token, `step` is 1 for the first decode step after prefill. Inactive rows change
-    nothing and their output means nothing.
+    Entries stand in the order of eviction, weakest first; `positions` is -1 where an entry is empty, and empty ones
+    come first. The newest token of every recycled step overwrites the next entry in that order.
     """
-    query = _mean_query(recycling, token.bare_q, token.q)
-    since = memory.steps_since[layer]
-    similarity = _cosine(query, memory.query[layer])
-    if kind == "scheduled":
-        requested = recycling.schedule.wants(step, since, similarity) & active
-        refreshing = _agree(recycling.rows, requested, active)
-    else:
-        requested = refreshing = active & (kind == "refresh")
 
-    def reuse(selection: Selection):
-        with jax.named_scope("attention/recycled"):
-            entries = recycling.selector.entry_for(lengths - 1, since)
-            # past the end: the row writes nothing
-            entries = jnp.where(active, entries, recycling.selector.k)
-            aged = Selection(
-                _append_position(selection.positions, layer, entries, lengths - 1),
-                selection.compact.append(layer, entries, token.k, token.v),
-            )
-            attended = selection_attention(
-                token.q, aged.compact, aged.positions[layer] >= 0, layer=layer, implementation=implementation
-            )
-            return attended, aged, jnp.full(lengths.shape, jnp.nan)
+    positions: Int[Array, "layers batch kv_heads entries"]
+    compact: KVCache  # its slots are the entries
 
-    def refresh(selection: Selection):
-        # What the rows that do not refresh get: when all that are active do, nothing is worth computing for the others.
-        if recycling.rows_agree:
-            other_attended, other = jnp.zeros_like(token.q), selection
+
+@struct.dataclass
+class RefreshMemory:
+    """What schedules remember of each layer's last refresh."""
+
+    query: Float[Array, "layers batch head_dim"]  # float32: mean over the heads of the query that made the selection
+    steps_since: Int[Array, "layers batch"]  # recycled steps since then; 0 right after a refresh
+
+
+@struct.dataclass
+class RecyclingState:
+    """What recycling carries from step to step."""
+
+    selection: Selection
+    memory: RefreshMemory
+    scorer: Any
+
+
+class Handed(NamedTuple):
+    """What a layer hands to those that follow it."""
+
+    positions: Int[Array, "batch kv_heads entries"]
+    refreshing: Bool[Array, " batch"]
+
+
+@dataclass(frozen=True)
+class Recycling(Method):
+    """How selections are made and when.
+
+    `refresh`: what a refreshing step attends, the `full` cache (Recycled Attention, RefreshKV) or only the new
+    `selection` (the paper's score-only ablation: values are not read). `rows`: whose wish decides in a batch.
+    `per_row`: each row gets exactly what it gets alone, and scoring runs whenever some row wants it. `any`: all rows
+    refresh when one wants, at the same cost; a row's result then depends on its neighbours. `all`: only when every
+    row wants, the cheapest and stalest. `keep_cache` False, for schedules that never refresh: the full cache is
+    dropped after prefill, and the compact buffer is all the memory that decoding needs.
+    """
+
+    scorer: Scorer
+    selector: TopK
+    schedule: Schedule
+    refresh: RefreshAttention = "full"
+    rows: RowRule = "per_row"
+    layers: LayerPlan = EVERY_LAYER
+    keep_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.refresh not in get_args(RefreshAttention):
+            raise ValueError(f"refresh={self.refresh!r} must be one of {', '.join(get_args(RefreshAttention))}")
+        if self.rows not in get_args(RowRule):
+            raise ValueError(f"rows={self.rows!r} must be one of {', '.join(get_args(RowRule))}")
+        longest = self.schedule.longest_stride
+        room = self.selector.entries - self.selector.sinks
+        if longest is not None and longest > room:
+            checked = isinstance(self.schedule, QueryCheck) and longest > self.schedule.stride
+            name = "max_stride" if checked else "stride"
+            raise ValueError(
+                f"{name}={longest} is above k - sinks = {room}: the tokens between two refreshes would evict the whole "
+                f"selection; raise k or lower {name}"
+            )
+        if isinstance(self.schedule, QueryCheck) and self.rows == "all" and self.schedule.max_stride is None:
+            raise ValueError("rows='all' needs max_stride, without it one row could keep all others from refreshing")
+        if not self.keep_cache and not self.schedule.never:
+            raise ValueError("keep_cache=False needs a schedule that never refreshes: a refresh reads the full cache")
+
+    @property
+    def rows_agree(self) -> bool:
+        """Whether all active rows of a batch refresh together."""
+        return self.schedule.rows_agree or self.rows != "per_row"
+
+    @property
+    def observers(self):
+        return (LastQueries(1), *self.scorer.observers)
+
+    @property
+    def keeps_cache(self):
+        return self.keep_cache
+
+    @property
+    def plan(self):
+        return self.layers
+
+    def begin(self, prefilled, *, implementation):
+        cache, prompts = prefilled.cache, prefilled.prompts
+        shape = (cache.batch, cache.kv_heads, self.selector.entries)
+        selection = Selection(
+            jnp.full((cache.layers, *shape), -1, jnp.int32), cache.empty_like(capacity=self.selector.entries)
+        )
+        scorer = self.scorer.begin(prefilled, implementation=implementation)
+        nowhere = jnp.zeros((), jnp.int32)
+        active = jnp.ones(prompts.lengths.shape, bool)
+
+        def select_in_layer(layer, carry, role: Role):
+            selection, positions = carry
+            here = Here(jnp.asarray(layer), prompts.lengths, nowhere, active, implementation=implementation)
+            if role == "select":
+                scores = self.scorer.score_prompt(prefilled, scorer, here)
+                positions = self._select(scores, here, cache.kv_heads)
+            compact = gather_selection(cache, positions, selection.compact, **here.to_op)
+            return Selection(selection.positions.at[layer].set(positions), compact), positions
+
+        carry = selection, jnp.full(shape, -1, jnp.int32)
+        for role, run in self.runs(cache.layers):
+            if role != "dense":
+                carry = lax.fori_loop(run.start, run.stop, functools.partial(select_in_layer, role=role), carry)
+        window = prompts.seen(LastQueries(1))
+        memory = RefreshMemory(
+            query=self._mean_query(window.bare_q[..., -1, :], window.q[..., -1, :]),
+            steps_since=jnp.zeros((cache.layers, cache.batch), jnp.int32),
+        )
+        return RecyclingState(carry[0], memory, scorer)
+
+    def before_layers(self, state, cache):
+        shape = state.selection.positions.shape[1:]
+        return Handed(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape[0], bool))
+
+    def attend(self, role, token, cache, state, handed, here):
+        layer, memory = here.layer, state.memory
+        query = self._mean_query(token.bare_q, token.q)
+        since = memory.steps_since[layer]
+        similarity = _cosine(query, memory.query[layer])
+        scorer = state.scorer
+        if role == "follow":
+            requested = refreshing = handed.refreshing
         else:
-            other_attended, other, _ = reuse(selection)
-        with jax.named_scope("attention/refresh"):
-            here = {"layer": layer, "implementation": implementation}
-            attended = None
-            if recycling.refresh == "full":
-                scores, attended = recycling.scorer.score_and_attend(token.q, cache, lengths, **here)
+            scorer = self.scorer.append(scorer, token, here)
+            if here.kind == "scheduled":
+                requested = self.schedule.wants(here.step, since, similarity) & here.active
+                refreshing = _agree(self.rows, requested, here.active)
             else:
-                scores = recycling.scorer.score(token.q, cache, lengths, **here)
-            positions = recycling.selector.select(scores, lengths, implementation=implementation)
-            compact = gather_selection(cache, positions, other.compact, rows=refreshing, **here)
-            if attended is None:
-                attended = selection_attention(token.q, compact, positions >= 0, **here)
-            kept = _where_rows(refreshing, positions, other.positions[layer])
-            new = Selection(other.positions.at[layer].set(kept), compact)
-            overlap = selection_overlap(selection.positions[layer], positions, lengths - 1 - since)
-            return (
-                _where_rows(refreshing, attended, other_attended),
-                new,
-                jnp.where(refreshing, overlap, jnp.nan),
-            )
+                requested = refreshing = here.active & (here.kind == "refresh")
 
-    if kind == "scheduled":
-        attended, selection, overlap = lax.cond(jnp.any(refreshing), refresh, reuse, selection)
-    else:
-        attended, selection, overlap = (refresh if kind == "refresh" else reuse)(selection)
+        def reuse(selection: Selection):
+            with jax.named_scope("attention/recycled"):
+                attended, aged = self._reuse(token, selection, since, here)
+                positions = aged.positions[layer]
+                nothing = jnp.full(since.shape, jnp.nan)
+                return attended, aged, nothing, slots_held(positions), jnp.zeros(since.shape)
 
-    memory = RefreshMemory(
-        query=memory.query.at[layer].set(_where_rows(refreshing, query, memory.query[layer])),
-        steps_since=memory.steps_since.at[layer].set(jnp.where(refreshing, 0, since + active)),
-    )
-    covered = jnp.full(lengths.shape, jnp.nan)
-    if coverage:
-        covered = _coverage(token.q, cache, layer, lengths, selection.positions[layer], implementation)
-    return attended, selection, memory, LayerTrace(requested, refreshing, similarity, overlap, covered)
+        def refresh(selection: Selection):
+            assert cache is not None  # whoever may refresh keeps it
+            # What the rows that do not refresh get: when all that are active do, nothing is worth computing for them.
+            if self.rows_agree:
+                other_attended, other = jnp.zeros_like(token.q), selection
+            else:
+                other_attended, other = self._reuse(token, selection, since, here)
+            with jax.named_scope("attention/refresh"):
+                attended = None
+                if role == "follow":
+                    positions = handed.positions
+                elif self.refresh == "full":
+                    scores, attended = self.scorer.score_and_attend(token, cache, scorer, here)
+                    positions = self._select(scores, here, cache.kv_heads)
+                else:
+                    positions = self._select(self.scorer.score(token, cache, scorer, here), here, cache.kv_heads)
+                everything = attended is not None
+                compact = gather_selection(cache, positions, other.compact, rows=refreshing, **here.to_op)
+                if attended is None:
+                    attended = selection_attention(token.q, compact, positions >= 0, **here.to_op)
+                kept = _where_rows(refreshing, positions, other.positions[layer])
+                overlap = selection_overlap(selection.positions[layer], positions, here.lengths - 1 - since)
+                held = slots_held(kept)
+                # copying a selection reads its keys and values
+                scored = 2 * held
+                if role != "follow" and not everything:
+                    scored += self.scorer.reads(here.lengths)
+                attended_slots = here.lengths.astype(held.dtype) if everything else held
+                return (
+                    _where_rows(refreshing, attended, other_attended),
+                    Selection(other.positions.at[layer].set(kept), compact),
+                    jnp.where(refreshing, overlap, jnp.nan),
+                    jnp.where(refreshing, attended_slots, held),
+                    jnp.where(refreshing, scored, 0.0),
+                )
 
+        if self.schedule.never:
+            done = reuse(state.selection)
+        elif here.kind == "scheduled":
+            done = lax.cond(jnp.any(refreshing), refresh, reuse, state.selection)
+        else:
+            done = (refresh if here.kind == "refresh" else reuse)(state.selection)
+        attended, selection, overlap, attended_slots, scored = done
 
-def first_selection(
-    recycling: Recycling,
-    cache: KVCache,
-    lengths: Int[Array, " batch"],
-    bare_q: Float[Array, "layers batch query_heads head_dim"],
-    q: Float[Array, "layers batch query_heads head_dim"],
-    *,
-    implementation: str | None,
-) -> tuple[Selection, RefreshMemory]:
-    """The selections and memory after prefill, made in every layer by the queries of the last prompt token."""
+        memory = RefreshMemory(
+            query=memory.query.at[layer].set(_where_rows(refreshing, query, memory.query[layer])),
+            steps_since=memory.steps_since.at[layer].set(jnp.where(refreshing, 0, since + here.active)),
+        )
+        nothing = jnp.full(since.shape, jnp.nan)
+        trace = LayerTrace(requested, refreshing, similarity, overlap, attended_slots, scored, nothing)
+        positions = selection.positions[layer]
+        return Attended(
+            attended, RecyclingState(selection, memory, scorer), Handed(positions, refreshing), trace, positions
+        )
 
-    budget = recycling.selector.k
-    layers, batch, kv_heads = cache.layers, cache.batch, cache.kv_heads
-    selection = Selection(jnp.full((layers, batch, kv_heads, budget), -1, jnp.int32), cache.empty_like(capacity=budget))
+    def _reuse(
+        self, token: Token, selection: Selection, since: Int[Array, " batch"], here: Here
+    ) -> tuple[Float[Array, "batch query_heads head_dim"], Selection]:
+        """The present token overwrites the weakest entry; attention over the buffer."""
+        entries = self.selector.entry_for(here.lengths - 1, since)
+        entries = jnp.where(here.active, entries, self.selector.entries)  # past the end: the row writes nothing
+        aged = Selection(
+            _append_position(selection.positions, here.layer, entries, here.lengths - 1),
+            selection.compact.append(here.layer, entries, token.k, token.v),
+        )
+        return selection_attention(token.q, aged.compact, aged.positions[here.layer] >= 0, **here.to_op), aged
 
-    def select_in_layer(layer: Int[Array, ""], selection: Selection) -> Selection:
-        here = {"layer": layer, "implementation": implementation}
-        scores = recycling.scorer.score(q[layer], cache, lengths, **here)
-        positions = recycling.selector.select(scores, lengths, implementation=implementation)
-        compact = gather_selection(cache, positions, selection.compact, **here)
-        return Selection(selection.positions.at[layer].set(positions), compact)
+    def _select(
+        self, scores: Float[Array, "batch heads capacity"], here: Here, kv_heads: int
+    ) -> Int[Array, "batch kv_heads entries"]:
+        """A selection per kv head, the same for all where they share one: each has its own buffer."""
+        positions = self.selector.select(scores, here.lengths, implementation=here.implementation)
+        return jnp.broadcast_to(positions, (positions.shape[0], kv_heads, positions.shape[2]))
 
-    selection = lax.fori_loop(0, layers, select_in_layer, selection)
-    return selection, RefreshMemory(_mean_query(recycling, bare_q, q), jnp.zeros((layers, batch), jnp.int32))
-
-
-def _mean_query(
-    recycling: Recycling,
-    bare_q: Float[Array, "*rows query_heads head_dim"],
-    q: Float[Array, "*rows query_heads head_dim"],
-) -> Float[Array, "*rows head_dim"]:
-    """The query that schedules compare: mean over heads, float32."""
-    chosen = bare_q if recycling.schedule.query_point == "before_rope" else q
-    return jnp.mean(chosen.astype(jnp.float32), axis=-2)
+    def _mean_query(
+        self, bare_q: Float[Array, "*shape query_heads head_dim"], q: Float[Array, "*shape query_heads head_dim"]
+    ) -> Float[Array, "*shape head_dim"]:
+        """The query that schedules compare: mean over heads, float32."""
+        chosen = bare_q if self.schedule.query_point == "before_rope" else q
+        return jnp.mean(chosen.astype(jnp.float32), axis=-2)
 
 
 def selection_overlap(
@@ -182,12 +278,6 @@ def selection_overlap(
     both = jnp.sort(jnp.concatenate([old, new], axis=-1), axis=-1)
     shared = jnp.sum(both[..., 1:] == both[..., :-1], axis=-1)
     return jnp.mean(shared / (old_count + new_count - shared), axis=-1)
-
-
-def _coverage(q, cache, layer, lengths, positions, implementation) -> Float[Array, " batch"]:
-    mass = token_scores(q, cache, lengths, layer=layer, group_reduction="mean", implementation=implementation)
-    held = jnp.take_along_axis(mass, jnp.maximum(positions, 0), axis=-1)
-    return jnp.mean(jnp.sum(jnp.where(positions >= 0, held, 0.0), axis=-1), axis=-1)
 
 
 def _agree(rule: RowRule, requested: Bool[Array, " batch"], active: Bool[Array, " batch"]) -> Bool[Array, " batch"]:

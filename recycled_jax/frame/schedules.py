@@ -19,6 +19,11 @@ class Schedule(ABC):
         return None
 
     @property
+    def never(self) -> bool:
+        """Whether no row ever wants a refresh: then nothing of one is compiled."""
+        return False
+
+    @property
     def rows_agree(self) -> bool:
         """Whether all rows of a batch always want the same."""
         return True
@@ -97,6 +102,10 @@ class QueryCheck(Schedule):
 @dataclass(frozen=True)
 class Never(Schedule):
     """The selection made after prefill stays, but for the new tokens that displace its weakest entries."""
+
+    @property
+    def never(self):
+        return True
 
     def wants(self, step, steps_since, similarity):
         return jnp.zeros(steps_since.shape, bool)

@@ -29,7 +29,7 @@ def fresh_state(policy) -> LoopState:
     model, params = tiny_model()
     prefilled = read(model, params, prompts(20, 30), max_new_tokens=8, capacity=CAPACITY, chunk=32)
     options = {"policy": policy, "sampling": Sampling(), "implementation": None}
-    return start(model, prefilled.cache, prefilled.ends, jax.random.key(0), **options)[0]
+    return start(model, prefilled.cache, prefilled.prompts, jax.random.key(0), **options)[0]
 
 
 def compile_block(policy, *, stride=None, donate=True):
@@ -103,7 +103,7 @@ def test_generation_donates_its_state():
         coverage=False,
         implementation=None,
     )
-    assert state.decode.cache.k.is_deleted() and state.decode.selection.compact.k.is_deleted()
+    assert state.decode.cache.k.is_deleted() and state.decode.kept.selection.compact.k.is_deleted()
 
 
 def test_prefill_holds_no_square_of_the_prompt():

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from recycled_jax.policies import POLICIES, AttentionScorer, FixedStride, QueryCheck, Recycling, TopK, make_policy
+from recycled_jax.frame import AttentionScorer, FixedStride, QueryCheck, Recycling, TopK
+from recycled_jax.policies import POLICIES, make_policy
 from recycled_jax.sampling import Sampling
 
 
@@ -15,12 +16,12 @@ def test_defaults_of_every_policy_are_valid_and_hashable():
 
 
 def test_recycled_is_the_papers():
-    parts = make_policy("recycled", k=4096, stride=15).recycling
+    parts = make_policy("recycled", k=4096, stride=15).method
     assert parts == Recycling(AttentionScorer("max"), TopK(4096, pool=7), FixedStride(15), "full")
 
 
 def test_dynamic_refreshes_at_the_latest_after_k_minus_one_steps():
-    assert make_policy("recycled-dynamic", k=64).recycling.schedule == QueryCheck(5, 0.85, 63, "before_rope")
+    assert make_policy("recycled-dynamic", k=64).method.schedule == QueryCheck(5, 0.85, 63, "before_rope")
 
 
 @pytest.mark.parametrize(

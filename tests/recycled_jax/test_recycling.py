@@ -7,19 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recycled_jax.frame import AttentionScorer, Never, Recycling, TopK
 from recycled_jax.generate import generate, read, run_block, start
-from recycled_jax.policies import (
-    AttentionScorer,
-    Never,
-    Policy,
-    Recycling,
-    TopK,
-    make_policy,
-)
+from recycled_jax.policies import Policy, make_policy
 from recycled_jax.sampling import Sampling
 from recycled_jax.state import DecodeState
+from tests.recycled_jax.policies.numpy_llama import NumpyLlama
+from tests.recycled_jax.policies.refreshkv_numpy import NumpyRefreshKV
 from tests.recycled_jax.random_model import CONFIG, prompts, tiny_model
-from tests.recycled_jax.refreshkv_numpy import NumpyRefreshKV
 
 RAGGED = prompts(29, 5, 40, 1)
 NEW = 24
@@ -34,10 +29,10 @@ def run(policy: Policy, rows=RAGGED, **options):
 def final_state(policy: Policy, rows=RAGGED, *, steps: int = NEW - 1, nested: bool = False) -> DecodeState:
     """The decode state after `steps` steps on the tokens that `policy` itself chooses."""
     model, params = tiny_model()
-    prefilled = read(model, params, rows, max_new_tokens=steps + 1, chunk=16)
+    prefilled = read(model, params, rows, policies=[policy], max_new_tokens=steps + 1, chunk=16)
     static = {"policy": policy, "sampling": Sampling(), "implementation": None}
-    state, _ = start(model, prefilled.cache, prefilled.ends, jax.random.key(0), **static)
-    stride = policy.recycling.schedule.stride if nested else None
+    state, _ = start(model, prefilled.cache, prefilled.prompts, jax.random.key(0), **static)
+    stride = policy.method.schedule.stride if nested else None
     buffers = steps if stride is None else -(-steps // stride) * stride
     state, _ = run_block(model, params, state, jnp.int32(steps), steps=buffers, stride=stride, coverage=False, **static)
     return state.decode
@@ -61,8 +56,6 @@ def test_equals_numpy_refreshkv_on_a_ragged_batch(name, knobs):
     fired = 0
     for row, prompt in enumerate(RAGGED):
         oracle = NumpyRefreshKV(
-            CONFIG,
-            params,
             k=knobs["k"],
             stride=knobs["stride"],
             threshold=knobs.get("threshold"),
@@ -70,10 +63,10 @@ def test_equals_numpy_refreshkv_on_a_ragged_batch(name, knobs):
             pool=knobs.get("pool", 7),
             refresh=knobs.get("refresh", "full"),
         )
-        assert result.tokens[row] == oracle.generate(prompt, NEW)
+        assert result.tokens[row] == NumpyLlama(CONFIG, params, oracle).generate(prompt, NEW)
         refreshed = [np.flatnonzero(result.telemetry.refreshed[:, layer, row]) + 1 for layer in range(CONFIG.layers)]
-        assert [list(steps) for steps in refreshed] == oracle.refreshes
-        fired += sum(map(len, oracle.refreshes))
+        assert [list(steps) for steps in refreshed] == list(oracle.refreshes.values())
+        fired += sum(map(len, oracle.refreshes.values()))
     assert fired > 0
 
 
@@ -90,9 +83,9 @@ def test_selections_equal_numpy_refreshkv(name, knobs, steps):
     state = final_state(make_policy(name, **knobs), steps=steps)
     _, params = tiny_model()
     for row, prompt in enumerate(RAGGED):
-        oracle = NumpyRefreshKV(CONFIG, params, **knobs)
-        oracle.generate(prompt, steps + 1)
-        assert np.asarray(state.selection.positions[:, row]).tolist() == oracle.selections()
+        oracle = NumpyRefreshKV(**knobs)
+        NumpyLlama(CONFIG, params, oracle).generate(prompt, steps + 1)
+        assert np.asarray(state.kept.selection.positions[:, row]).tolist() == oracle.selections()
 
 
 def test_layers_decide_alone():
@@ -132,7 +125,7 @@ def test_never_refreshing_is_snapkv_with_window_one_and_pool_seven():
     result = run(policy, rows=RAGGED[:1])
     # SnapKV's selection is the oracle's first; a stride beyond the answer never comes round
     _, params = tiny_model()
-    assert result.tokens[0] == NumpyRefreshKV(CONFIG, params, k=8, stride=1000).generate(RAGGED[0], NEW)
+    assert result.tokens[0] == NumpyLlama(CONFIG, params, NumpyRefreshKV(k=8, stride=1000)).generate(RAGGED[0], NEW)
     assert not result.telemetry.refreshed.any()
 
 
@@ -187,15 +180,15 @@ def test_streaming_reads_sinks_and_the_recent_window():
     for row, prompt in enumerate(RAGGED):
         length = len(prompt) + steps
         expected = {*range(sinks), *range(max(0, length - (k - sinks)), length)}
-        for positions in np.asarray(state.selection.positions[:, row]).reshape(-1, k):
+        for positions in np.asarray(state.kept.selection.positions[:, row]).reshape(-1, k):
             assert {int(p) for p in positions if p >= 0} == expected
 
 
 def test_set_after_partial_steps_is_the_best_of_the_refresh_and_the_newest():
     policy = make_policy("recycled", k=8, stride=8)
-    at_refresh = np.asarray(final_state(policy, steps=8).selection.positions)
+    at_refresh = np.asarray(final_state(policy, steps=8).kept.selection.positions)
     for partial in (1, 3, 7):
-        later = np.asarray(final_state(policy, steps=8 + partial).selection.positions)
+        later = np.asarray(final_state(policy, steps=8 + partial).kept.selection.positions)
         for row, prompt in enumerate(RAGGED):
             newest = [len(prompt) + 8 + step for step in range(partial)]
             expected = np.sort(
@@ -267,4 +260,5 @@ def test_refresh_from_its_own_selection_reads_no_values_of_the_rest():
     policy = make_policy("recycled", k=8, stride=2, refresh="selection")
     full = make_policy("recycled", k=8, stride=2)
     assert run(policy).telemetry.kv_bytes_per_token()[2] < run(full).telemetry.kv_bytes_per_token()[2]
-    assert dataclasses.replace(full.recycling, refresh="selection") == policy.recycling
+    assert isinstance(full.method, Recycling)
+    assert dataclasses.replace(full.method, refresh="selection") == policy.method

@@ -1,0 +1,136 @@
+"""What every method is: how one layer attends in one decode step, and what it keeps from step to step."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import KVCache
+from recycled_jax.frame.layer_plan import EVERY_LAYER, LayerPlan, Role
+from recycled_jax.frame.prompt import Observer, Prefilled
+
+# `scheduled`: the policy's schedule decides, by `lax.cond`. The other two leave no conditional in the program: for
+# loops that know the phase of a fixed stride themselves.
+StepKind = Literal["scheduled", "refresh", "recycled"]
+
+
+class Token(NamedTuple):
+    """The present token, as one layer sees it; `bare_q` is `q` before rotation."""
+
+    bare_q: Float[Array, "batch query_heads head_dim"]
+    q: Float[Array, "batch query_heads head_dim"]
+    k: Float[Array, "batch kv_heads head_dim"]
+    v: Float[Array, "batch kv_heads head_dim"]
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where and when a layer attends. Not a pytree: branches of a conditional close over it.
+
+    `lengths` count the present token, which stands in slot `lengths - 1`; `step` is 1 for the first decode step after
+    prefill. Rows that are not `active` change nothing, and their output means nothing.
+    """
+
+    layer: Int[Array, ""]
+    lengths: Int[Array, " batch"]
+    step: Int[Array, ""]
+    active: Bool[Array, " batch"]
+    kind: StepKind = "scheduled"
+    implementation: str | None = None
+
+    @property
+    def to_op(self) -> dict[str, Any]:
+        """The arguments that every operation on a layer of the cache takes."""
+        return {"layer": self.layer, "implementation": self.implementation}
+
+
+class LayerTrace(NamedTuple):
+    """What happened in one layer at one step, for telemetry; NaN where it does not apply."""
+
+    requested: Bool[Array, " batch"]  # the row's own wish for a new selection
+    refreshed: Bool[Array, " batch"]  # whether it got one
+    similarity: Float[Array, " batch"]  # cosine with the query of the last refresh
+    overlap: Float[Array, " batch"]  # at a refresh: Jaccard overlap of the old and the new selection, mean over heads
+    attended: Float[Array, " batch"]  # slots attended, mean over kv heads
+    scored: Float[Array, " batch"]  # what else was read, per kv head, in slots of keys (a key and its value are two)
+    coverage: Float[Array, " batch"]  # attention mass on the selection, mean over query heads; when asked for
+
+
+class Attended(NamedTuple):
+    """What a layer gives: its attention, its method's state, what it hands to the layer above, and what happened.
+
+    `positions` is the selection that the layer holds or has taken over, -1 for empty entries; None where there is none.
+    """
+
+    output: Float[Array, "batch query_heads head_dim"]
+    state: Any
+    handed: Any
+    trace: LayerTrace
+    positions: Int[Array, "batch heads entries"] | None
+
+
+class Method(ABC):
+    """How a layer attends in a decode step. Implementations are frozen dataclasses of the method's parts.
+
+    Its state is a pytree whose arrays begin with the axis of layers; a layer changes its own part of it only.
+    """
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """What has to be seen of the prompt, for `begin`."""
+        return ()
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether decode steps may read the full cache. If not, it is dropped after prefill, and `attend` gets none."""
+        return True
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The layers' roles. `attend` is called for those that select or follow."""
+        return EVERY_LAYER
+
+    def runs(self, layers: int) -> Iterator[tuple[Role, range]]:
+        """Neighbouring layers of one role, bottom up."""
+        return self.plan.runs(layers)
+
+    @abstractmethod
+    def begin(self, prefilled: Prefilled, *, implementation: str | None) -> Any:
+        """The state before the first decode step."""
+
+    def before_layers(self, state: Any, cache: KVCache | None) -> Any:
+        """What the lowest layer is handed, step by step: shapes and types of what layers hand up."""
+        del state, cache
+        return ()
+
+    @abstractmethod
+    def attend(self, role: Role, token: Token, cache: KVCache | None, state: Any, handed: Any, here: Here) -> Attended:
+        """Attention of the present token, whose key and value stand in the cache already."""
+
+
+@dataclass(frozen=True)
+class Dense(Method):
+    """Every layer reads the whole cache at every step."""
+
+    def runs(self, layers):
+        yield "dense", range(layers)
+
+    def begin(self, prefilled, *, implementation):
+        return ()
+
+    def attend(self, role, token, cache, state, handed, here):
+        raise NotImplementedError("dense layers are the decode step's own")
+
+
+def dense_trace(lengths: Int[Array, " batch"], active: Bool[Array, " batch"]) -> LayerTrace:
+    """Of a layer that reads everything."""
+    nothing = jnp.full(active.shape, jnp.nan)
+    return LayerTrace(active, active, nothing, nothing, lengths.astype(jnp.float32), jnp.zeros(active.shape), nothing)
+
+
+def slots_held(positions: Int[Array, "batch heads entries"]) -> Float[Array, " batch"]:
+    """Entries in use, mean over the heads."""
+    return jnp.mean(jnp.sum(positions >= 0, axis=-1), axis=-1)
