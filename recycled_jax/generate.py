@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import KVCache
+from recycled_jax.correction import Uncorrected, correct
 from recycled_jax.decode import Params, begin, decode_step, read_prompts
 from recycled_jax.frame import FixedStride, LayerTrace, PrefillAttention, Prefilled, PromptRecord, Recycling
 from recycled_jax.model import Llama
@@ -98,6 +99,10 @@ def generate(
     stride = _nested_stride(policy) if loop == "nested" else None
     if stride is not None:
         block = -(-block // stride) * stride  # a block starts at phase 0
+        if policy.correct_every is not None and policy.correct_every % stride:
+            raise ValueError(
+                f"correct_every={policy.correct_every} is not a multiple of {stride=}, as loop='nested' needs"
+            )
 
     started = time.perf_counter()
     if isinstance(prompts, Prefilled):
@@ -120,15 +125,23 @@ def generate(
     if on_block is not None:
         on_block([list(row) for row in outputs])
     blocks: list[Block] = []
+    correction = policy.correct_every
+    uncorrected = Uncorrected(first_token, np.zeros((len(lengths), correction or 0), np.int32))
     remaining = max_new_tokens - 1
     while remaining > 0 and bool(jnp.any(state.active)):
-        limit = jnp.int32(min(block, remaining))
+        limit = min(block, remaining, uncorrected.room or remaining)
         state, device_block = run_block(
-            model, params, state, limit, steps=block, stride=stride, coverage=coverage, **static
+            model, params, state, jnp.int32(limit), steps=block, stride=stride, coverage=coverage, **static
         )
-        remaining -= block
+        remaining -= limit
         done: Block = jax.device_get(device_block)
         blocks.append(done)
+        if correction is not None:
+            uncorrected.add(np.asarray(done.tokens), np.asarray(done.steps))
+            if not uncorrected.room and remaining > 0:
+                state = _correct(
+                    model, params, state, *uncorrected.take(), policy=policy, implementation=implementation
+                )
         gained = [done.tokens[: done.steps[row], row].tolist() for row in range(len(outputs))]
         for row, new in enumerate(gained):
             outputs[row] += new
@@ -300,6 +313,23 @@ def _empty_block(model: Llama, steps: int, batch: int) -> Block:
 
 def _is_eos(model: Llama, token: Int[Array, " batch"]) -> Bool[Array, " batch"]:
     return jnp.isin(token, jnp.array(model.config.eos_ids, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "policy", "implementation"), donate_argnames=("state",))
+def _correct(
+    model: Llama,
+    params: Params,
+    state: LoopState,
+    tokens: Int[Array, "batch every"],
+    counts: Int[Array, " batch"],
+    *,
+    policy: Policy,
+    implementation: str | None,
+) -> LoopState:
+    decode = correct(model, params, state.decode, tokens, counts, implementation=implementation)
+    assert decode.cache is not None
+    kept = policy.method.corrected(decode.kept, decode.cache, implementation=implementation)
+    return LoopState(DecodeState(decode.cache, decode.lengths, decode.step, kept), state.token, state.active, state.key)
 
 
 def _nested_stride(policy: Policy) -> int:

@@ -101,6 +101,11 @@ class Method(ABC):
     def begin(self, prefilled: Prefilled, *, implementation: str | None) -> Any:
         """The state before the first decode step."""
 
+    def corrected(self, state: Any, cache: KVCache, *, implementation: str | None) -> Any:
+        """The state after keys and values of the cache were corrected (`correction`): copies of them are made anew."""
+        del cache, implementation
+        return state
+
     def before_layers(self, state: Any, cache: KVCache | None) -> Any:
         """What the lowest layer is handed, step by step: shapes and types of what layers hand up."""
         del state, cache

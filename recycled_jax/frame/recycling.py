@@ -149,6 +149,15 @@ class Recycling(Method):
         )
         return RecyclingState(carry[0], memory, scorer)
 
+    def corrected(self, state, cache, *, implementation):
+        positions = state.selection.positions
+
+        def copy(layer: Int[Array, ""], compact: KVCache) -> KVCache:
+            return gather_selection(cache, positions[layer], compact, layer=layer, implementation=implementation)
+
+        compact = lax.fori_loop(0, positions.shape[0], copy, state.selection.compact)
+        return RecyclingState(Selection(positions, compact), state.memory, state.scorer)
+
     def before_layers(self, state, cache):
         shape = state.selection.positions.shape[1:]
         return Handed(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape[0], bool))
