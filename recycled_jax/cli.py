@@ -20,7 +20,7 @@ COMMANDS = {
     "demo": "Hide facts in a long text, ask for them, and compare policies on the embedded model.",
     "generate": "Continue one prompt on the terminal, or many from a JSONL file.",
     "convert": "Convert a checkpoint, Hugging Face to orbax or back.",
-    "policies": "List the policies and their knobs.",
+    "policies": "List the policies, or explain one.",
 }
 
 

@@ -12,7 +12,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import yaml
@@ -64,10 +64,16 @@ def parse(function: Callable, arguments: Sequence[str], *, prog: str) -> dict[st
 
 
 def describe_type(hint: Any) -> str:
-    """A type as a user reads it: `int`, `full | selection`, `float or none`."""
-    if getattr(hint, "__args__", None) is None:
+    """A type as a user reads it: `int`, `full | selection`, `float | none`, `list of int`, `mapping`."""
+    if isinstance(hint, str):
+        return hint
+    if get_origin(hint) is dict:
+        return "mapping"
+    if get_origin(hint) is tuple:
+        return f"list of {describe_type(get_args(hint)[0])}"
+    if not get_args(hint):
         return hint.__name__
-    parts = [part if isinstance(part, str) else describe_type(part) for part in hint.__args__]
+    parts = [describe_type(part) for part in get_args(hint)]
     return " | ".join("none" if part == "NoneType" else part for part in parts)
 
 
@@ -93,6 +99,8 @@ def _add_flags(parser: ArgumentParser, function: Callable) -> dict[str, str]:
             continue
         settings: dict[str, Any] = {"help": re.sub(r"\s+", " ", docs.get(name) or "")}
         if parameter.kind is not parameter.KEYWORD_ONLY:
+            if parameter.default is not parameter.empty:
+                settings |= {"nargs": "?", "default": parameter.default}
             parser.add_argument(name, type=hints[name], **settings)
             continue
         flags[name] = f"--{name.replace('_', '-')}"
@@ -124,22 +132,25 @@ def _check(arguments: Sequence[str], configs: dict[str, dict], flags: dict[str, 
         flag = argument.partition("=")[0]
         if argument == "--":
             break
-        if flag.startswith("--") and flag not in flags.values():
+        of_mapping = any(flag.startswith(f"{known}.") for known in flags.values())
+        if flag.startswith("--") and flag not in flags.values() and not of_mapping:
             valid = [known.removesuffix(".name") for known in flags.values()]
             raise ValueError(f"{flag} is not a flag of this command; {nearest(flag, valid)}")
     keys = [key for key in flags if key not in ("help", "config", "print_config") and not key.startswith("no-")]
     for path, config in configs.items():
-        for key in _flatten(config):
+        for key in _flatten(config, keys):
             if key not in keys:
                 raise ValueError(f"{path} has the key {key!r}, which this command does not know; {nearest(key, keys)}")
 
 
 def _check_knobs(policy: str, arguments: Sequence[str], configs: dict[str, dict]) -> None:
     flags = [argument.partition("=")[0] for argument in arguments]
-    keys = [key for config in configs.values() for key in _flatten(config)]
+    known = knobs_of(policy)
+    leaves = [f"{POLICY}.{knob}" for knob in known]
+    keys = [key for config in configs.values() for key in _flatten(config, leaves)]
     given = [flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")] + keys
     knobs = [name.removeprefix(f"{POLICY}.") for name in given if name.startswith(f"{POLICY}.")]
-    unknown = [knob for knob in knobs if knob != "name" and knob not in knobs_of(policy)]
+    unknown = [knob for knob in knobs if knob != "name" and knob.partition(".")[0] not in known]
     if unknown:
         from recycled_jax.policies import make_policy
 
@@ -205,10 +216,11 @@ def _read_yaml(path: str) -> dict:
     return content
 
 
-def _flatten(config: dict, prefix: str = "") -> Iterable[str]:
+def _flatten(config: dict, leaves: Sequence[str], prefix: str = "") -> Iterable[str]:
+    """Dotted keys; a key that is among `leaves` may hold a mapping, which is its value."""
     for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and f"{prefix}{key}" not in leaves:
+            yield from _flatten(value, leaves, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 

@@ -6,7 +6,7 @@ are what they are put together from. `Observer` sees the prompt go by, `PrefillA
 """
 
 from recycled_jax.frame.layer_plan import LayerPlan, Role
-from recycled_jax.frame.method import Attended, Dense, Here, LayerTrace, Method, StepKind, Token
+from recycled_jax.frame.method import Attended, Axes, Dense, Here, LayerTrace, Method, StepKind, Token
 from recycled_jax.frame.prompt import (
     DensePrefill,
     LastQueries,
@@ -25,6 +25,7 @@ from recycled_jax.frame.selectors import Selector, TopK, TopPages
 __all__ = [
     "Attended",
     "AttentionScorer",
+    "Axes",
     "Dense",
     "DensePrefill",
     "FixedStride",

@@ -1,8 +1,9 @@
 """What every method is: how one layer attends in one decode step, and what it keeps from step to step."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -72,11 +73,24 @@ class Attended(NamedTuple):
     positions: Int[Array, "batch heads entries"] | None
 
 
+class Axes(NamedTuple):
+    """A method on the three axes, in words."""
+
+    scorer: str
+    selector: str
+    schedule: str
+
+
 class Method(ABC):
     """How a layer attends in a decode step. Implementations are frozen dataclasses of the method's parts.
 
     Its state is a pytree whose arrays begin with the axis of layers; a layer changes its own part of it only.
     """
+
+    @property
+    def axes(self) -> Axes:
+        """What it is, for those who read about it."""
+        return Axes(in_words(self), "its own", "its own")
 
     @property
     def observers(self) -> tuple[Observer, ...]:
@@ -120,6 +134,10 @@ class Method(ABC):
 class Dense(Method):
     """Every layer reads the whole cache at every step."""
 
+    @property
+    def axes(self):
+        return Axes("none", "everything", "every step")
+
     def runs(self, layers):
         yield "dense", range(layers)
 
@@ -128,6 +146,26 @@ class Dense(Method):
 
     def attend(self, role, token, cache, state, handed, here):
         raise NotImplementedError("dense layers are the decode step's own")
+
+
+def in_words(part: Any) -> str:
+    """A part by its name and the fields that are not at their defaults: `top-k(k=1024, pool=7)`."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(part).__name__.removesuffix("Scorer")).lower()
+    told = []
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if value != field.default and not is_dataclass(value):
+            told.append(f"{field.name}={value}")
+        elif is_dataclass(value):
+            told.append(in_words(value))
+    return f"{name}({', '.join(told)})" if told else name
+
+
+def layers_in_words(plan: LayerPlan) -> str:
+    """What a layer plan adds to a schedule: nothing, or which layers do what."""
+    dense = f"; layers {', '.join(map(str, plan.dense))} dense" if plan.dense else ""
+    select = f"; layers {', '.join(map(str, plan.select))} select, the others follow" if plan.select else ""
+    return dense + select
 
 
 def dense_trace(lengths: Int[Array, " batch"], active: Bool[Array, " batch"]) -> LayerTrace:

@@ -17,7 +17,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import KVCache, gather_selection, selection_attention
 from recycled_jax.frame.layer_plan import EVERY_LAYER, LayerPlan, Role
-from recycled_jax.frame.method import Attended, Here, LayerTrace, Method, Token, slots_held
+from recycled_jax.frame.method import (
+    Attended,
+    Axes,
+    Here,
+    LayerTrace,
+    Method,
+    Token,
+    in_words,
+    layers_in_words,
+    slots_held,
+)
 from recycled_jax.frame.prompt import LastQueries
 from recycled_jax.frame.schedules import QueryCheck, Schedule
 from recycled_jax.frame.scorers import Scorer
@@ -101,6 +111,11 @@ class Recycling(Method):
             raise ValueError("rows='all' needs max_stride, without it one row could keep all others from refreshing")
         if not self.keep_cache and not self.schedule.never:
             raise ValueError("keep_cache=False needs a schedule that never refreshes: a refresh reads the full cache")
+
+    @property
+    def axes(self):
+        when = in_words(self.schedule) + layers_in_words(self.layers)
+        return Axes(in_words(self.scorer), in_words(self.selector), when)
 
     @property
     def rows_agree(self) -> bool:
@@ -211,7 +226,7 @@ class Recycling(Method):
                 # copying a selection reads its keys and values
                 scored = 2 * held
                 if role != "follow" and not everything:
-                    scored += self.scorer.reads(here.lengths)
+                    scored += self.scorer.reads(here.lengths, cache)
                 attended_slots = here.lengths.astype(held.dtype) if everything else held
                 return (
                     _where_rows(refreshing, attended, other_attended),

@@ -54,8 +54,8 @@ class Scorer(ABC):
         nothing = jnp.zeros((q.shape[0], prefilled.cache.kv_heads, q.shape[-1]), q.dtype)
         return self.score(Token(bare_q, q, nothing, nothing), prefilled.cache, state, here)
 
-    def reads(self, lengths: Int[Array, " batch"]) -> Float[Array, " batch"]:
-        """What `score` reads, per kv head, in slots of keys; by default every key."""
+    def reads(self, lengths: Int[Array, " batch"], cache: KVCache) -> Float[Array, " batch"]:
+        """What `score` reads, per kv head, in slots of keys of the cache; by default every key."""
         return lengths.astype(jnp.float32)
 
 
@@ -90,7 +90,7 @@ class RecencyScorer(Scorer):
         recency = jnp.arange(cache.capacity, dtype=jnp.float32)
         return jnp.broadcast_to(recency[None, None, :], (cache.batch, cache.kv_heads, cache.capacity))
 
-    def reads(self, lengths):
+    def reads(self, lengths, cache):
         return jnp.zeros(lengths.shape)
 
 

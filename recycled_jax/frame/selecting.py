@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import gather_attention
 from recycled_jax.frame.layer_plan import EVERY_LAYER, LayerPlan
-from recycled_jax.frame.method import Attended, LayerTrace, Method, slots_held
+from recycled_jax.frame.method import Attended, Axes, LayerTrace, Method, in_words, layers_in_words, slots_held
 from recycled_jax.frame.recycling import RefreshAttention
 from recycled_jax.frame.scorers import Scorer
 from recycled_jax.frame.selectors import Selector
@@ -31,6 +31,10 @@ class Selecting(Method):
     def __post_init__(self) -> None:
         if self.attends not in get_args(RefreshAttention):
             raise ValueError(f"attends={self.attends!r} must be one of {', '.join(get_args(RefreshAttention))}")
+
+    @property
+    def axes(self):
+        return Axes(in_words(self.scorer), in_words(self.selector), "every-step" + layers_in_words(self.layers))
 
     @property
     def observers(self):
@@ -67,7 +71,7 @@ class Selecting(Method):
         scored = jnp.zeros(here.lengths.shape)
         if selects:
             # attending everything reads the keys that scoring needs, too
-            scored = self.scorer.reads(here.lengths) * (0.0 if everything else 1.0)
+            scored = self.scorer.reads(here.lengths, cache) * (0.0 if everything else 1.0)
         trace = LayerTrace(
             requested=here.active & selects,
             refreshed=here.active & selects,

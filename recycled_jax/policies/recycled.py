@@ -39,7 +39,8 @@ def recycled_dynamic(
 ) -> Policy:
     """RefreshKV with query checks: every `stride` steps each layer by itself compares its head-averaged query with
     that of its last refresh and refreshes when the cosine is at most `threshold`, or after `max_stride` steps
-    (default k - 1, or `stride` where that is more). The paper uses thresholds of 0.85 (Llama 3.1) and 0.95 (Qwen2)."""
+    (default k - 1, or `stride` where that is more). The paper uses thresholds of 0.85 (Llama 3.1) and 0.95 (Qwen2)
+    (Xu, Goyal, Choi, arXiv 2411.05787v2)."""
     # a stride above k - 1 stands, so that one above k is refused under its own name
     longest = max(stride, k - 1) if max_stride is None else max_stride
     return Policy(

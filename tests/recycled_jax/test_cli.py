@@ -202,8 +202,19 @@ def test_policies(capsys):
     assert cli.main(["policies"]) == 0
     printed = capsys.readouterr().out
     assert all(f"\n{name}\n" in f"\n{printed}" for name in POLICIES)
+    assert cli.main(["policies", "recycled-dynamic"]) == 0
+    printed = capsys.readouterr().out
+    assert "query-check(stride=5, threshold=0.85, max_stride=1023)" in printed and "arXiv 2411.05787" in printed
     assert "--policy.max_stride: int | none = none" in printed
     assert "--policy.refresh: full | selection = full" in printed
+    assert cli.main(["policies", "recyled"]) == 2
+    assert "did you mean 'recycled'?" in capsys.readouterr().err
+
+
+def test_the_page_of_policies_is_up_to_date(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "policies.md"
+    assert cli.main(["policies", "--out", str(tmp_path / "policies.md")]) == 0
+    assert (tmp_path / "policies.md").read_text() == page.read_text()
 
 
 def test_convert(tmp_path):

@@ -1,0 +1,91 @@
+"""What the policies are: one source for `recycled policies`, for its explanation of one, and for docs/policies.md."""
+
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from recycled_jax.flags import describe_type, knobs_of
+from recycled_jax.frame import Axes, Dense, DensePrefill
+from recycled_jax.policies.policy import Policy
+from recycled_jax.policies.registry import POLICIES, make_policy
+
+ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+_HEAD = """# Policies
+
+Made by `recycled policies --out docs/policies.md`; do not edit.
+
+A policy is a scorer (what is relevant?), a selector (which slots?) and a schedule (when, and at which layer?). The
+table shows every policy with its knobs at their defaults: name, axes, what it changes, and the paper.
+`recycled policies NAME` explains one. `composed` puts any scorer together with any selector and schedule:
+
+```yaml
+policy:
+  name: composed
+  scorer: {name: page-bounds, page: 16}
+  selector: {name: top-k, k: 1024, sinks: 4}
+  schedule: {name: fixed, stride: 10}
+  layers: {dense: [0, 1]}
+```
+
+"""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A policy at its defaults, in words. `knobs`: type and default of each."""
+
+    name: str
+    text: str
+    axes: Axes
+    changes: tuple[str, ...]
+    paper: str
+    knobs: dict[str, tuple[Any, Any]]
+
+
+def describe(name: str) -> Description:
+    """Raises ValueError for an unknown name, with the nearest valid one."""
+    policy, knobs = make_policy(name), knobs_of(name)
+    text = " ".join((inspect.getdoc(POLICIES[name]) or "").split())
+    found = ARXIV.search(text)
+    return Description(
+        name, text, policy.method.axes, tuple(_changes(policy, knobs)), found[0] if found else "ours", knobs
+    )
+
+
+def _changes(policy: Policy, knobs: dict[str, Any]) -> Iterable[str]:
+    if not isinstance(policy.method, Dense):
+        yield "decode"
+    if not isinstance(policy.prefill, DensePrefill):
+        yield "prefill"
+    if "keep_cache" in knobs:
+        yield "memory, with keep_cache=False" if policy.method.keeps_cache else "memory"
+
+
+def spell_knobs(description: Description) -> list[str]:
+    """`k: int = 1024`, one for each knob."""
+    return [
+        f"{knob}: {describe_type(hint)} = {'none' if default is None else default}"
+        for knob, (hint, default) in description.knobs.items()
+    ]
+
+
+def cells(description: Description) -> list[str]:
+    """A line of the table."""
+    changes = ", ".join(description.changes) or "nothing"
+    return [description.name, *description.axes, changes, description.paper]
+
+
+COLUMNS = ("policy", "scorer", "selector", "schedule", "changes", "paper")
+
+
+def markdown() -> str:
+    """docs/policies.md."""
+    every = [describe(name) for name in POLICIES]
+    table = [COLUMNS, ("---",) * len(COLUMNS), *(cells(description) for description in every)]
+    parts = [_HEAD + "".join(f"| {' | '.join(line)} |\n" for line in table)]
+    for description in every:
+        knobs = "".join(f"- `{knob}`\n" for knob in spell_knobs(description))
+        parts.append(f"## {description.name}\n\n{description.text}\n" + (f"\n{knobs}" if knobs else ""))
+    return "\n".join(parts)
