@@ -102,7 +102,7 @@ def figures(
         chip.microseconds(bytes=cost.bytes),
         cost.bundles,
         chip.microseconds(bundles=cost.bundles),
-        list(cost.unknown),
+        list(cost.unknown) if dumped else ["every computation"],
         dict(sorted(cost.parts, key=lambda part: -part[1])),
         hlo.vmem_bytes(text),
         memory.temp_size_in_bytes,

@@ -16,6 +16,7 @@ from tpu_check.compile import Figures
 from tpu_check.programs import Program
 
 TIMEOUT = 900  # seconds for one compile
+DUMP_TIMEOUT = 150  # seconds for one that writes its bundles too, which has been seen not to end
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -40,19 +41,32 @@ class Row:
 
 
 def run(program: Program, chip: Chip) -> Row:
-    """Compiles the program for the chip; never raises for what the compiler does."""
+    """Compiles the program for the chip; never raises for what the compiler does.
+
+    Where it does not come to an end with writing its bundles, it is compiled once more without: then they are unknown.
+    """
+    row = _compile(program, chip, DUMP_TIMEOUT, "--xla_jf_dump_llo_text=true")
+    return (
+        row
+        if row is not None
+        else _compile(program, chip, TIMEOUT) or Row(program, chip, None, f"no result after {TIMEOUT} s")
+    )
+
+
+def _compile(program: Program, chip: Chip, timeout: float, dump_flag: str = "") -> Row | None:
+    """None if it did not end in time."""
     with tempfile.TemporaryDirectory(prefix="tpu_check_") as folder, _one_at_a_time():
         dump, out = Path(folder) / "dump", Path(folder) / "figures.json"
         dump.mkdir()
-        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.bundles"
+        flags = f"--xla_jf_dump_to={dump} {dump_flag} --xla_jf_dump_llo_pass_label_regex=final.bundles"
         command = [sys.executable, "-m", "tpu_check.compile", chip.name, program.name, str(dump), str(out)]
         environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
         try:
             done = subprocess.run(
-                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=TIMEOUT
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=timeout
             )
         except subprocess.TimeoutExpired:
-            return Row(program, chip, None, f"no result after {TIMEOUT} s")
+            return None
         if done.returncode or not out.exists():
             return Row(program, chip, None, _reason(done.returncode, done.stderr.decode(errors="replace")))
         return Row(program, chip, Figures(**json.loads(out.read_text())))

@@ -38,6 +38,7 @@ one device holds beside the cache, and says how many where not all do.
   pipelined kernel more than once. **HBM µs**: those ÷ bandwidth.
 - **bundles × trips**: VLIW bundles of one core, each loop's body times its trips, ÷ the clock. What stands under a
   predicate counts in full, of a conditional the dearer branch; waiting is not in it. `≥`: a trip count is not known.
+  "not known": the compiler did not come to an end with writing them.
 - **VMEM**: the most that one kernel takes for itself. **temporaries**: HBM beside arguments and results.
 - **cache-shaped copies**: instructions that write an array as large as the cache, or a layer of it, or its keys.
 """
@@ -94,7 +95,7 @@ def row_line(row: Row, judged: Sequence[Verdict]) -> list[str]:
         _bytes(figures.hbm_bytes),
         _number(figures.floor_us),
         at_least + _number(figures.hbm_us),
-        at_least + _number(figures.bundle_us),
+        at_least + _number(figures.bundle_us) if figures.bundles else "not known",
         f"{at_least}{ratio(figures):.2f}",
         _bytes(figures.vmem),
         _bytes(figures.temporaries),

@@ -82,6 +82,18 @@ def test_a_compile_that_does_not_end_becomes_a_row(child):
     assert jobs.run(program(), CHIPS["v5e"]).error == f"no result after {jobs.TIMEOUT} s"
 
 
+def test_a_compile_that_hangs_over_its_bundles_is_tried_without(child):
+    def answer(dump, out):
+        if "llo_text" in child.environments[-1]["LIBTPU_INIT_ARGS"]:
+            raise subprocess.TimeoutExpired("command", jobs.DUMP_TIMEOUT)
+        out.write_text(json.dumps(asdict(FIGURES)))
+        return 0, b""
+
+    child.answer = answer
+    assert jobs.run(program(), CHIPS["v5e"]).figures == FIGURES
+    assert len(child.commands) == 2
+
+
 def test_figures_of_a_compiled_program(monkeypatch):
     monkeypatch.setitem(RUNS, "attend", lambda batch: (None, None, 10 * batch))
     cache = empty_cache("token_major", layers=2, batch=1, kv_heads=8, capacity=1024, head_dim=128, dtype=jnp.bfloat16)
