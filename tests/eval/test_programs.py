@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from eval import policies as quality
 from eval.kernels import kernels
 from eval.retrieval import evaluate, table
 from eval.speed import speed
@@ -26,6 +27,47 @@ def test_retrieval_scores_every_policy_on_the_same_examples(model, tmp_path, cap
     assert all(c["interval"][0] <= c["score"] <= c["interval"][1] for c in result["cells"])
     assert {"jax", "jaxlib", "flax"} <= result["versions"].keys() and result["device"]["kind"] == "cpu"
     assert "| full | 0 |" in capsys.readouterr().out  # a random model knows nothing
+
+
+def test_every_policy_answers_the_same_questions_and_an_interrupted_run_goes_on(model, tmp_path, capsys):
+    out, book = tmp_path / "out.jsonl", tmp_path / "novel.txt"
+    book.write_text("It was a dark night and nobody came. " * 40)
+    options = {"length": 320, "budgets": [16], "tasks": ["single", "novel"], "examples": 3, "batch": 2, "model": model}
+    quality.evaluate(out, book, policies=["full", "recycled"], **options)
+    assert "| recycled | 16 | 0 |" in capsys.readouterr().out  # a random model knows nothing
+    whole = out.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()][1:]
+    assert len(rows) == 2 * 2 * 3
+    of_full = [row for row in rows if row["policy"] == "full"]
+    assert all(row["read"] == 1 for row in of_full) and all(0 < row["read"] < 0.5 for row in rows if row not in of_full)
+    assert len({row["nll"] for row in rows if row["task"] == "novel"}) == 6  # no two are alike, nor policies equal
+
+    lines = whole.splitlines(keepends=True)
+    # a batch of two of which the second is cut within its line
+    cut = next(i for i, line in enumerate(lines) if '"index": 1' in line and '"recycled"' in line and "nll" in line)
+    out.write_text("".join(lines[:cut]) + lines[cut][:20])
+    quality.evaluate(out, book, policies=["full", "recycled"], **options)
+    again = [json.loads(line) for line in out.read_text().splitlines()][1:]
+    assert sorted(json.dumps(row) for row in rows) == sorted(json.dumps(row) for row in again)
+    with pytest.raises(ValueError, match=r"holds results of .*; expected"):
+        quality.evaluate(out, book, policies=["full"], **options | {"length": 400})
+    with pytest.raises(ValueError, match="policies has 'ful'; expected some of full, recycled"):
+        quality.evaluate(out, book, policies=["ful"], **options)
+
+
+def test_table_of_policies_by_hand():
+    rows = [
+        {"task": "single", "policy": "full", "k": 8, "index": 0, "score": 1.0, "read": 1.0},
+        {"task": "single", "policy": "full", "k": 8, "index": 1, "score": 0.5, "read": 1.0},
+        {"task": "novel", "policy": "full", "k": 8, "index": 0, "nll": 1.0, "read": 1.0},
+        {"task": "single", "policy": "recycled", "k": 4, "index": 0, "score": 0.0, "read": 0.25},
+    ]
+    assert quality.markdown(rows).splitlines() == [
+        "| policy | k | single | novel | bytes read |",
+        "|---|---|---|---|---|",
+        "| full | 8 | 75 | 2.72 | 100 % |",
+        "| recycled | 4 | 0 |  | 25 % |",
+    ]
 
 
 def test_table_by_hand():

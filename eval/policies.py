@@ -1,0 +1,222 @@
+"""Every policy on the same questions: `python -m eval.policies --out docs/policies_quality.jsonl --book NOVEL.txt`.
+
+Retrieval from long generated prose (one needle, one of eight, a chain of keys), and the perplexity of the last 256
+tokens of pieces of a novel, for budgets that are shares of the context. All policies go on from the same prefill, and
+decode the same examples. One line of JSON per example and policy, after a line that says where they come from: a run
+that was interrupted goes on where it stopped, and one of another configuration is refused. `--table` prints the
+results as Markdown.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jsonargparse import auto_cli
+from tqdm import tqdm
+
+from eval.provenance import provenance
+from recycled_jax.commands.loading import Checkpoint
+from recycled_jax.decode import Params
+from recycled_jax.frame import Prefilled
+from recycled_jax.generate import generate, read
+from recycled_jax.model import Llama
+from recycled_jax.policies import Policy, make_policy
+from recycled_jax.scoring import score_tokens
+from recycled_jax.tasks.retrieval import TASKS, Example, make_example, score
+
+# The budget is the only knob that varies. `dense_layers=()`: with four layers two dense ones would be half the model.
+CANDIDATES: dict[str, Callable[[int], Policy]] = {
+    "full": lambda k: make_policy("full"),
+    "recycled": lambda k: make_policy("recycled", k=k, stride=8),
+    "recycled, score-only": lambda k: make_policy("recycled", k=k, stride=8, refresh="selection"),
+    "recycled-dynamic": lambda k: make_policy("recycled-dynamic", k=k, stride=4),
+    "streaming": lambda k: make_policy("streaming", k=k),
+}
+SCORED = 256  # tokens of a piece of the novel whose probability counts; those before are its prompt
+Task = Literal["single", "multikey", "chain", "novel"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tokens of a prompt, and either the example that it asks or the text that follows."""
+
+    prompt: list[int]
+    example: Example | None = None
+    follows: tuple[int, ...] = ()
+
+
+def evaluate(
+    out: Path,
+    book: Path,
+    length: int = 4096,
+    budgets: list[int] = [128, 256, 512],  # noqa: B006  (a default for the command line, never changed)
+    tasks: list[Task] = ["single", "multikey", "chain", "novel"],  # noqa: B006
+    policies: list[str] = list(CANDIDATES),  # noqa: B006
+    examples: int = 100,
+    seed: int = 2026,
+    batch: int = 10,
+    model: str | None = None,
+    table: bool = False,
+) -> None:
+    """Args as in the module's text; `model` is the embedded one when not given."""
+    if table:
+        print(markdown([json.loads(line) for line in out.read_text().splitlines()][1:]))
+        return
+    unknown = [name for name in policies if name not in CANDIDATES]
+    if unknown:
+        raise ValueError(f"policies has {unknown[0]!r}; expected some of {', '.join(CANDIDATES)}")
+    checkpoint = Checkpoint.find(model)
+    network, params = checkpoint.load("float32")
+    encode = checkpoint.text.encode
+    config = {"length": length, "seed": seed, "model": model or "embedded", "book": book.name}
+    done = _resume(out, config)
+    runs = [(name, k) for name in policies for k in (budgets if name != "full" else [length])]
+    novel = encode(book.read_text(encoding="utf-8")) if "novel" in tasks else []
+    with tqdm(total=len(tasks) * examples * len(runs), unit="example") as progress, out.open("a") as file:
+        for task in tasks:
+            for first in range(0, examples, batch):
+                indices = range(first, min(first + batch, examples))
+                missing = [(name, k) for name, k in runs if (task, name, k, indices[-1]) not in done]
+                progress.update(len(indices) * (len(runs) - len(missing)))
+                if not missing:
+                    continue
+                questions = [_question(task, i, length, seed, examples, encode, novel) for i in indices]
+                for rows, name, k in _answer(network, params, questions, missing, length, progress, checkpoint, task):
+                    for index, row in zip(indices, rows, strict=True):
+                        if (task, name, k, index) not in done:
+                            line = {"task": task, "policy": name, "k": k, "index": index, **row}
+                            file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    progress.update(len(indices))
+    print(markdown([json.loads(line) for line in out.read_text().splitlines()][1:]))
+
+
+def _resume(out: Path, config: dict[str, Any]) -> set[tuple[str, str, int, int]]:
+    """What stands in the file already; begins a new one if there is none."""
+    if not out.exists() or not out.read_text():
+        out.write_text(json.dumps({**provenance(), "config": config}) + "\n")
+        return set()
+    whole = out.read_text()
+    lines = whole.splitlines()
+    if not whole.endswith("\n"):  # the last line was cut short
+        lines = lines[:-1]
+        out.write_text("".join(f"{line}\n" for line in lines))
+    found = json.loads(lines[0])["config"]
+    if found != config:
+        raise ValueError(f"out={str(out)!r} holds results of {found}; expected {config}")
+    rows = [json.loads(line) for line in lines[1:]]
+    return {(row["task"], row["policy"], row["k"], row["index"]) for row in rows}
+
+
+def _question(
+    task: Task, index: int, length: int, seed: int, count: int, encode: Callable, novel: Sequence[int]
+) -> Question:
+    if task != "novel":
+        example = make_example(TASKS[task], length=length, seed=seed, index=index, encode=encode)
+        return Question(encode(example.prompt), example)
+    if len(novel) < length + count:
+        raise ValueError(f"book has {len(novel)} tokens; expected more than {length + count}")
+    start = (len(novel) - length) * index // count
+    piece = list(novel[start : start + length])
+    return Question(piece[:-SCORED], follows=tuple(piece[-SCORED:]))
+
+
+def _answer(
+    network: Llama,
+    params: Params,
+    questions: list[Question],
+    runs: list[tuple[str, int]],
+    length: int,
+    progress: tqdm,
+    checkpoint: Checkpoint,
+    task: str,
+) -> Iterator[tuple[list[dict], str, int]]:
+    """For each run a row of figures for each question. Policies that read prompts alike share the reading."""
+    by_prefill = defaultdict(list)
+    for name, k in runs:
+        policy = CANDIDATES[name](k)
+        by_prefill[policy.prefill].append((policy, name, k))
+    new_tokens = SCORED if task == "novel" else max(q.example.gen_tokens for q in questions if q.example)
+    for alike in by_prefill.values():
+        prefilled = read(
+            network,
+            params,
+            [question.prompt for question in questions],
+            policies=[policy for policy, _, _ in alike],
+            max_new_tokens=new_tokens,
+            capacity=length + 128,
+        )
+        for policy, name, k in alike:
+            progress.set_description(f"{task} {name} {k}")
+            if task == "novel":
+                rows = _log_probs(network, params, prefilled, questions, policy)
+            else:
+                rows = _scores(network, params, prefilled, questions, policy, new_tokens, checkpoint)
+            yield rows, name, k
+
+
+def _scores(
+    network: Llama,
+    params: Params,
+    prefilled: Prefilled,
+    questions: list[Question],
+    policy: Policy,
+    new_tokens: int,
+    checkpoint: Checkpoint,
+) -> list[dict]:
+    done = generate(network, params, prefilled, policy=policy, max_new_tokens=new_tokens, block=16)
+    read_bytes, dense_bytes = done.telemetry.kv_bytes_per_token(), done.telemetry.dense_kv_bytes_per_token()
+    rows = []
+    for row, question in enumerate(questions):
+        assert question.example is not None
+        right = score(question.example, checkpoint.text.decode(done.tokens[row]))
+        share = float(read_bytes[row] / dense_bytes[row]) if dense_bytes[row] else math.nan
+        rows.append({"score": right, "read": round(share, 4), "tokens": len(done.tokens[row])})
+    return rows
+
+
+def _log_probs(
+    network: Llama, params: Params, prefilled: Prefilled, questions: list[Question], policy: Policy
+) -> list[dict]:
+    follows = jnp.array([question.follows for question in questions])
+    scored = score_tokens(network, params, prefilled, follows, policy=policy)
+    slots = 2 * np.asarray(scored.trace.attended) + np.asarray(scored.trace.scored)  # [steps, layers, batch]
+    lengths = np.asarray(prefilled.prompts.lengths)[None, None, :] + 1 + np.arange(len(slots))[:, None, None]
+    share = slots.mean(axis=(0, 1)) / (2 * lengths).mean(axis=(0, 1))
+    nll = -np.asarray(scored.log_probs, np.float64).mean(axis=1)
+    return [{"nll": float(a), "read": round(float(b), 4)} for a, b in zip(nll, share, strict=True)]
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """Policies with their budgets as lines, tasks as columns: percent right or perplexity, and the share of the dense
+    policy's bytes that a decode step read, mean over tasks."""
+    cells, read_shares = defaultdict(list), defaultdict(list)
+    for row in rows:
+        cells[row["policy"], row["k"], row["task"]].append(row.get("score", row.get("nll")))
+        if not math.isnan(row["read"]):
+            read_shares[row["policy"], row["k"]].append(row["read"])
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = [f"| policy | k | {' | '.join(tasks)} | bytes read |", "|---" * (len(tasks) + 3) + "|"]
+    for name, k in dict.fromkeys((row["policy"], row["k"]) for row in rows):
+        told = []
+        for task in tasks:
+            values = cells.get((name, k, task))
+            if not values:
+                told.append("")
+            elif task == "novel":
+                told.append(f"{math.exp(np.mean(values)):.2f}")
+            else:
+                told.append(f"{100 * np.mean(values):.0f}")
+        share = f"{100 * np.mean(read_shares[name, k]):.0f} %" if read_shares[name, k] else ""
+        lines.append(f"| {name} | {k} | {' | '.join(told)} | {share} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    auto_cli(evaluate, as_positional=False)
