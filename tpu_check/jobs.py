@@ -16,7 +16,7 @@ from tpu_check.compile import Figures
 from tpu_check.programs import Program
 
 TIMEOUT = 900  # seconds for one compile
-DUMP_TIMEOUT = 150  # seconds for one that writes its bundles too, which has been seen not to end
+DUMP_TIMEOUT = 120  # seconds for one that writes its bundles too, which has been seen not to end
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -45,20 +45,17 @@ def run(program: Program, chip: Chip) -> Row:
 
     Where it does not come to an end with writing its bundles, it is compiled once more without: then they are unknown.
     """
-    row = _compile(program, chip, DUMP_TIMEOUT, "--xla_jf_dump_llo_text=true")
-    return (
-        row
-        if row is not None
-        else _compile(program, chip, TIMEOUT) or Row(program, chip, None, f"no result after {TIMEOUT} s")
-    )
+    row = _compile(program, chip, DUMP_TIMEOUT, dumps=True) or _compile(program, chip, TIMEOUT)
+    return row or Row(program, chip, None, f"no result after {TIMEOUT} s")
 
 
-def _compile(program: Program, chip: Chip, timeout: float, dump_flag: str = "") -> Row | None:
+def _compile(program: Program, chip: Chip, timeout: float, *, dumps: bool = False) -> Row | None:
     """None if it did not end in time."""
     with tempfile.TemporaryDirectory(prefix="tpu_check_") as folder, _one_at_a_time():
         dump, out = Path(folder) / "dump", Path(folder) / "figures.json"
         dump.mkdir()
-        flags = f"--xla_jf_dump_to={dump} {dump_flag} --xla_jf_dump_llo_pass_label_regex=final.bundles"
+        to, what = f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_pass_label_regex=final.bundles"
+        flags = f"{to} --xla_jf_dump_llo_text=true {what}" if dumps else ""
         command = [sys.executable, "-m", "tpu_check.compile", chip.name, program.name, str(dump), str(out)]
         environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
         try:
