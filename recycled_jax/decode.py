@@ -96,7 +96,7 @@ def read_prompts(
     with jax.named_scope("prefill"):
         cache, last, carried, seen = lax.fori_loop(0, padded // chunk, read_chunk, carry)
     end = logits(weights, config, last[:, None])[:, 0]
-    return Prefilled(cache, PromptRecord(lengths, end, (carried, *seen), (prefill, *watching)))
+    return Prefilled(cache, PromptRecord(lengths, end, (carried, *seen), (prefill, *watching), config))
 
 
 def begin(policy: Policy, prefilled: Prefilled, *, implementation: str | None = None) -> DecodeState:

@@ -1,35 +1,64 @@
 """Command lines made from functions: names, types, defaults and help of the flags come from signature and docstring.
 
 A keyword-only parameter `max_new_tokens: int = 128` is the flag `--max-new-tokens` and the YAML key `max_new_tokens`;
-the other parameters are positional arguments. A parameter of type `PolicyChoice` is `--policy NAME` with one
-`--policy.KNOB` for each knob of that policy, in YAML `policy: {name: recycled, k: 4096}`.
+the other parameters are positional arguments. A parameter `policy: PolicyChoice` is `--policy NAME` with one
+`--policy.KNOB` for each knob of that policy, in YAML `policy: {name: recycled, k: 4096}`; so is any other `Choice`.
 Values come from defaults < `--config FILE.yaml` < flags.
 """
 
 import inspect
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
+from recycled_jax.named import knobs_of
 from recycled_jax.spelling import nearest
-
-POLICY = "policy"
-DEFAULT_POLICY = "recycled"
 
 
 @dataclass(frozen=True)
-class PolicyChoice:
-    """A policy by its registered name, with the knobs that are not at their defaults, or all of them."""
+class Choice:
+    """Something by its registered name, with the knobs that are not at their defaults, or all of them."""
 
-    name: str = DEFAULT_POLICY
+    name: str
     knobs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def factories(cls) -> Mapping[str, Callable]:
+        """What there is to choose from. Its import takes JAX along, for which `recycled --help` need not wait."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PolicyChoice(Choice):
+    """A policy to decode with."""
+
+    name: str = "recycled"
+
+    @classmethod
+    def factories(cls):
+        from recycled_jax.policies import POLICIES
+
+        return POLICIES
+
+
+@dataclass(frozen=True)
+class PrefillChoice(Choice):
+    """A way to read prompts; `policy` leaves it to the policy."""
+
+    name: str = "policy"
+
+    @classmethod
+    def factories(cls):
+        from recycled_jax.prefill.registry import PREFILLS
+
+        return {"policy": lambda: None, **PREFILLS}
 
 
 def parse(function: Callable, arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
@@ -38,35 +67,37 @@ def parse(function: Callable, arguments: Sequence[str], *, prog: str) -> dict[st
     Raises ValueError for a flag, YAML key, policy or knob that does not exist, naming the nearest that does, and for a
     value of the wrong type; OSError for a config that cannot be read. Prints help and exits when asked to.
     """
-    arguments = [_spelled(argument) for argument in arguments]
+    hints = get_type_hints(function)
+    choices = {name: hint for name, hint in hints.items() if _is_choice(hint)}
+    arguments = [_spelled(argument, [f"--{kind}" for kind in choices]) for argument in arguments]
     paths, arguments = _take(arguments, "--config")
     configs = {path: _read_yaml(path) for path in paths}
     parser = ArgumentParser(prog=prog, description=_description(function), exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with values for the flags below")
     flags = {"help": "--help", "config": "--config", "print_config": "--print_config"}
     flags |= _add_flags(parser, function)
-    hints = get_type_hints(function)
-    if has_policy := hints.get(POLICY) is PolicyChoice:
-        policy = _policy_name(arguments, configs)
-        hints |= {f"{POLICY}.{knob}": hint for knob, (hint, _) in knobs_of(policy).items()}
-        flags |= _add_policy_flags(parser, policy)
-        _check_knobs(policy, arguments, configs)
+    for kind, choice in choices.items():
+        chosen = _chosen_name(kind, choice, arguments, configs)
+        knobs = knobs_of(kind, choice.factories(), chosen)
+        hints |= {f"{kind}.{knob}": hint for knob, (hint, _) in knobs.items()}
+        flags |= _add_choice_flags(parser, kind, choice, chosen, knobs)
+        _check_knobs(kind, chosen, knobs, arguments, configs)
     _check(arguments, configs, flags)
     try:
         # flags are read after the files, wherever they stand
         values = parser.parse_args([*(f"--config={path}" for path in paths), *arguments]).as_dict()
     except ArgumentError as error:
         raise ValueError(_readable(str(error), flags, hints)) from error
-    if has_policy:
-        knobs = values.pop(POLICY)
-        values[POLICY] = PolicyChoice(knobs.pop("name"), knobs)
+    for kind, choice in choices.items():
+        knobs = values.pop(kind)
+        values[kind] = choice(knobs.pop("name"), knobs)
     return {name: value for name, value in values.items() if name in hints}
 
 
 def describe_type(hint: Any) -> str:
     """A type as a user reads it: `int`, `full | selection`, `float | none`, `list of int`, `mapping`."""
-    if isinstance(hint, str):
-        return hint
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
     if get_origin(hint) is dict:
         return "mapping"
     if get_origin(hint) is tuple:
@@ -77,15 +108,8 @@ def describe_type(hint: Any) -> str:
     return " | ".join("none" if part == "NoneType" else part for part in parts)
 
 
-def knobs_of(name: str) -> dict[str, tuple[Any, Any]]:
-    """Type and default of each knob of a policy. Raises ValueError for an unknown name, with the nearest valid one."""
-    from recycled_jax.policies import POLICIES, make_policy  # imports jax, which `recycled --help` need not wait for
-
-    if name not in POLICIES:
-        make_policy(name)  # says what is wrong
-    hints = get_type_hints(POLICIES[name])
-    parameters = inspect.signature(POLICIES[name]).parameters
-    return {knob: (hints[knob], parameter.default) for knob, parameter in parameters.items()}
+def _is_choice(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Choice)
 
 
 def _add_flags(parser: ArgumentParser, function: Callable) -> dict[str, str]:
@@ -95,7 +119,7 @@ def _add_flags(parser: ArgumentParser, function: Callable) -> dict[str, str]:
     }
     flags = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        if hints[name] is PolicyChoice:
+        if _is_choice(hints[name]):
             continue
         settings: dict[str, Any] = {"help": re.sub(r"\s+", " ", docs.get(name) or "")}
         if parameter.kind is not parameter.KEYWORD_ONLY:
@@ -116,14 +140,16 @@ def _add_flags(parser: ArgumentParser, function: Callable) -> dict[str, str]:
     return flags
 
 
-def _add_policy_flags(parser: ArgumentParser, name: str) -> dict[str, str]:
-    knobs = knobs_of(name)
-    text = "Policy to decode with, --policy NAME for short; the flags below are its knobs. See `recycled policies`."
-    parser.add_argument(f"--{POLICY}.name", type=str, default=name, help=text)
-    flags = {f"{POLICY}.name": f"--{POLICY}.name"}
+def _add_choice_flags(
+    parser: ArgumentParser, kind: str, choice: type[Choice], name: str, knobs: dict[str, tuple[Any, Any]]
+) -> dict[str, str]:
+    purpose = (inspect.getdoc(choice) or "").rstrip(".")
+    text = f"{purpose}: --{kind} NAME for short, one of {', '.join(choice.factories())}; the flags below are its knobs."
+    parser.add_argument(f"--{kind}.name", type=str, default=name, help=text)
+    flags = {f"{kind}.name": f"--{kind}.name"}
     for knob, (hint, default) in knobs.items():
-        flags[f"{POLICY}.{knob}"] = f"--{POLICY}.{knob.replace('_', '-')}"
-        parser.add_argument(flags[f"{POLICY}.{knob}"], type=hint, default=default, help=f"Knob of {name!r}")
+        flags[f"{kind}.{knob}"] = f"--{kind}.{knob.replace('_', '-')}"
+        parser.add_argument(flags[f"{kind}.{knob}"], type=hint, default=default, help=f"Knob of {name!r}")
     return flags
 
 
@@ -143,18 +169,16 @@ def _check(arguments: Sequence[str], configs: dict[str, dict], flags: dict[str, 
                 raise ValueError(f"{path} has the key {key!r}, which this command does not know; {nearest(key, keys)}")
 
 
-def _check_knobs(policy: str, arguments: Sequence[str], configs: dict[str, dict]) -> None:
+def _check_knobs(
+    kind: str, name: str, known: Iterable[str], arguments: Sequence[str], configs: dict[str, dict]
+) -> None:
     flags = [argument.partition("=")[0] for argument in arguments]
-    known = knobs_of(policy)
-    leaves = [f"{POLICY}.{knob}" for knob in known]
+    leaves = [f"{kind}.{knob}" for knob in known]
     keys = [key for config in configs.values() for key in _flatten(config, leaves)]
     given = [flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")] + keys
-    knobs = [name.removeprefix(f"{POLICY}.") for name in given if name.startswith(f"{POLICY}.")]
-    unknown = [knob for knob in knobs if knob != "name" and knob.partition(".")[0] not in known]
-    if unknown:
-        from recycled_jax.policies import make_policy
-
-        make_policy(policy, **{unknown[0]: None})  # says what is wrong
+    for knob in (full.removeprefix(f"{kind}.") for full in given if full.startswith(f"{kind}.")):
+        if knob != "name" and knob.partition(".")[0] not in known:
+            raise ValueError(f"{kind}.{knob} is not a knob of {name!r}; {nearest(knob, known)}")
 
 
 def _readable(message: str, flags: dict[str, str], hints: dict[str, Any]) -> str:
@@ -165,26 +189,24 @@ def _readable(message: str, flags: dict[str, str], hints: dict[str, Any]) -> str
     return f"{flags.get(found[1], found[1])} is {found[2]!r}, expected {describe_type(hints[found[1]])}"
 
 
-def _policy_name(arguments: Sequence[str], configs: dict[str, dict]) -> str:
-    name = DEFAULT_POLICY
+def _chosen_name(kind: str, choice: type[Choice], arguments: Sequence[str], configs: dict[str, dict]) -> str:
+    name = choice().name  # pyright: ignore[reportCallIssue]  # all but the base class have a default
     for path, config in configs.items():
-        if POLICY in config:
-            if not isinstance(config[POLICY], dict):
-                raise ValueError(
-                    f"{path} has policy: {config[POLICY]!r}, expected a mapping like {{name: recycled, k: 256}}"
-                )
-            name = config[POLICY].get("name", name)
-    named, _ = _take(arguments, f"--{POLICY}.name")
+        if kind in config:
+            if not isinstance(config[kind], dict):
+                raise ValueError(f"{path} has {kind}: {config[kind]!r}, expected a mapping like {{name: {name}}}")
+            name = config[kind].get("name", name)
+    named, _ = _take(arguments, f"--{kind}.name")
     return named[-1] if named else str(name)
 
 
-def _spelled(argument: str) -> str:
-    """A flag in its one spelling: dashes for underscores, `--policy` for `--policy.name`."""
+def _spelled(argument: str, kinds: Sequence[str]) -> str:
+    """A flag in its one spelling: dashes for underscores, `--policy.name` for `--policy`."""
     flag, equals, value = argument.partition("=")
     if not flag.startswith("--") or flag == "--print_config":
         return argument
     flag = flag.replace("_", "-")
-    return (f"--{POLICY}.name" if flag == f"--{POLICY}" else flag) + equals + value
+    return (f"{flag}.name" if flag in kinds else flag) + equals + value
 
 
 def _take(arguments: Sequence[str], flag: str) -> tuple[list[str], list[str]]:

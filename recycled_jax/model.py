@@ -5,7 +5,7 @@ at a time and brings its own attention, so a block is written once: `attention_i
 `attention_output` → `mlp`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,27 @@ from recycled_jax.config import LlamaConfig
 from recycled_jax.weights import layer_weights, model_weights
 
 LayerWeights = Mapping[str, Array]
+Angles = tuple[Float[Array, "#batch tokens half"], Float[Array, "#batch tokens half"]]
+# Attention of whole sequences from queries and keys before rotation, values, and the angles of their positions.
+SequenceAttention = Callable[
+    [
+        Float[Array, "batch query_heads tokens head_dim"],
+        Float[Array, "batch kv_heads tokens head_dim"],
+        Float[Array, "batch kv_heads tokens head_dim"],
+        Angles,
+    ],
+    Float[Array, "batch query_heads tokens head_dim"],
+]
+
+
+def causal(
+    q: Float[Array, "batch query_heads tokens head_dim"],
+    k: Float[Array, "batch kv_heads tokens head_dim"],
+    v: Float[Array, "batch kv_heads tokens head_dim"],
+    angles: Angles,
+) -> Float[Array, "batch query_heads tokens head_dim"]:
+    """Every token attends itself and all tokens before it."""
+    return causal_attention(rope.rotate(q, *angles), rope.rotate(k, *angles), v)
 
 
 class Llama(nn.Module):
@@ -26,13 +47,16 @@ class Llama(nn.Module):
 
     `model.apply(params, tokens)` with tokens int32 `[batch, tokens]` gives float32 logits `[batch, tokens, vocab]`.
     Activations are `dtype`, parameters are created as `param_dtype`; norms, rotary angles and softmax sums are float32.
-    `remat` recomputes each block in the backward pass instead of keeping its activations.
+    `remat` recomputes each block in the backward pass instead of keeping its activations. `attention` is that of whole
+    sequences, for models trained with another than causal attention (`cca`); it has no parameters. How tokens are
+    decoded is a policy's affair.
     """
 
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
+    attention: SequenceAttention = causal
 
     @nn.compact
     def __call__(
@@ -55,7 +79,7 @@ class Llama(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # inferred from its default, 0, as int
             length=self.config.layers,
-        )(self.config, self.param_dtype, name="layers")
+        )(self.config, self.param_dtype, self.attention, name="layers")
         x, _ = layers(x, rope.angles(self.config, positions))
         return logits(weights, self.config, x)
 
@@ -65,6 +89,7 @@ class Block(nn.Module):
 
     config: LlamaConfig
     param_dtype: DTypeLike
+    attention: SequenceAttention
 
     @nn.compact
     def __call__(self, x, angles):
@@ -74,7 +99,7 @@ class Block(nn.Module):
         }
         q, k, v = attention_inputs(w, self.config, x)
         with jax.named_scope("attention"):
-            attended = causal_attention(rope.rotate(q, *angles), rope.rotate(k, *angles), v)
+            attended = self.attention(q, k, v, angles)
         x = x + attention_output(w, attended)
         return x + mlp(w, self.config, x), None
 

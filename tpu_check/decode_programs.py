@@ -123,7 +123,7 @@ def _params(config: LlamaConfig) -> Any:
 def _state(config: LlamaConfig, batch: int, policy: Policy) -> DecodeState:
     query = jnp.zeros((config.layers, batch, config.query_heads, 1, config.head_dim), DTYPE)
     seen, logits = QueryWindow(query, query), jnp.zeros((batch, config.vocab))
-    prompts = PromptRecord(jnp.zeros(batch, jnp.int32), logits, (seen,), (LastQueries(1),))
+    prompts = PromptRecord(jnp.zeros(batch, jnp.int32), logits, (seen,), (LastQueries(1),), config)
     cache = model_cache(config, batch=batch, capacity=TOKENS, dtype=DTYPE, implementation=None)
     return begin(policy, Prefilled(cache, prompts))
 

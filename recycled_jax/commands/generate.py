@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +15,11 @@ from recycled_jax.commands.loading import Checkpoint
 from recycled_jax.commands.prompts import Prompt, read_jsonl, read_prompt_file
 from recycled_jax.commands.results import FIELDS, Results
 from recycled_jax.commands.streaming import Streamer
-from recycled_jax.flags import PolicyChoice
+from recycled_jax.flags import PolicyChoice, PrefillChoice
 from recycled_jax.generate import Generation
 from recycled_jax.generate import generate as decode_prompts
 from recycled_jax.policies import make_policy
+from recycled_jax.prefill.registry import make_prefill
 from recycled_jax.sampling import Sampling
 
 STREAM_BLOCK = 8  # decode steps between two looks at a row that is printed as it grows
@@ -33,6 +34,7 @@ def generate(
     prompts: Path | None = None,
     out: Path | None = None,
     policy: PolicyChoice = PolicyChoice(),  # noqa: B008 (frozen)
+    prefill: PrefillChoice = PrefillChoice(),  # noqa: B008
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -76,6 +78,8 @@ def generate(
         raise ValueError(f"seed={seed} must be between 0 and 2**31 - 1")
     sampling = Sampling(temperature, top_k, top_p)
     chosen = make_policy(policy.name, **policy.knobs)
+    if prefill.name != "policy":
+        chosen = replace(chosen, prefill=make_prefill(prefill.name, **prefill.knobs))
     items = _read_prompts(prompt_file, question, answer_prefix, prompts, out)
     checkpoint = Checkpoint.find(model)
     rows = _encode(checkpoint, items, max_new_tokens, capacity)
@@ -89,6 +93,7 @@ def generate(
         "model": "embedded" if model is None else str(checkpoint.folder.resolve()),
         "dtype": dtype,
         "policy": {"name": policy.name, **policy.knobs},
+        "prefill": {"name": prefill.name, **prefill.knobs},
         "max_new_tokens": max_new_tokens,
         "sampling": asdict(sampling),
         "seed": seed,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from recycled_jax.policies import POLICIES
 from recycled_jax.policies.describe import COLUMNS, cells, describe, markdown, spell_knobs
+from recycled_jax.prefill.registry import PREFILLS
 
 WIDTH = 100
 
@@ -31,7 +32,7 @@ def policies(name: str | None = None, *, out: str | None = None) -> None:
             for column, cell in line.items():
                 print(f"    {column:8} {cell}")
             print()
-        print("`recycled policies NAME` explains one.")
+        print(f"`recycled policies NAME` explains one. Ways to read prompts, --prefill: {', '.join(PREFILLS)}.")
 
 
 def _explain(name: str) -> None:
@@ -40,5 +41,5 @@ def _explain(name: str) -> None:
     print(textwrap.fill(description.text, WIDTH, initial_indent="  ", subsequent_indent="  "))
     for column, cell in zip(COLUMNS[1:], cells(description)[1:], strict=True):
         print(f"  {column:8} {cell}")
-    for knob in spell_knobs(description):
+    for knob in spell_knobs(description.knobs):
         print(f"    --policy.{knob}")

@@ -154,10 +154,8 @@ def in_words(part: Any) -> str:
     told = []
     for field in fields(part):
         value = getattr(part, field.name)
-        if value != field.default and not is_dataclass(value):
-            told.append(f"{field.name}={value}")
-        elif is_dataclass(value):
-            told.append(in_words(value))
+        if value != field.default:
+            told.append(in_words(value) if is_dataclass(value) else f"{field.name}={value}")
     return f"{name}({', '.join(told)})" if told else name
 
 

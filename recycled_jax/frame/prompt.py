@@ -119,12 +119,13 @@ class DensePrefill(PrefillAttention):
 
 @struct.dataclass
 class PromptRecord:
-    """What prompts leave behind besides their keys and values."""
+    """What prompts leave behind besides their keys and values. `config` is that of the model that read them."""
 
     lengths: Int[Array, " batch"]
     logits: Float[Array, "batch vocab"]  # of each prompt's last token
     observed: tuple[Any, ...]  # of each of `observers`
     observers: tuple[Observer | PrefillAttention, ...] = struct.field(pytree_node=False)
+    config: LlamaConfig = struct.field(pytree_node=False)
 
     def seen(self, observer: Observer | PrefillAttention) -> Any:
         """What the observer (or the prefill attention) kept.

@@ -2,14 +2,16 @@
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recycled_jax.flags import describe_type, knobs_of
+from recycled_jax.flags import describe_type
 from recycled_jax.frame import Axes, Dense, DensePrefill
+from recycled_jax.named import knobs_of
 from recycled_jax.policies.policy import Policy
 from recycled_jax.policies.registry import POLICIES, make_policy
+from recycled_jax.prefill.registry import PREFILLS
 
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 _HEAD = """# Policies
@@ -31,6 +33,11 @@ policy:
 
 """
 
+_PREFILL = """# Ways to read prompts
+
+`--prefill NAME` goes with any policy; a policy that needs a way of its own brings it.
+"""
+
 
 @dataclass(frozen=True)
 class Description:
@@ -46,8 +53,8 @@ class Description:
 
 def describe(name: str) -> Description:
     """Raises ValueError for an unknown name, with the nearest valid one."""
-    policy, knobs = make_policy(name), knobs_of(name)
-    text = " ".join((inspect.getdoc(POLICIES[name]) or "").split())
+    policy, knobs = make_policy(name), knobs_of("policy", POLICIES, name)
+    text = text_of(POLICIES[name])
     found = ARXIV.search(text)
     return Description(
         name, text, policy.method.axes, tuple(_changes(policy, knobs)), found[0] if found else "ours", knobs
@@ -63,12 +70,17 @@ def _changes(policy: Policy, knobs: dict[str, Any]) -> Iterable[str]:
         yield "memory, with keep_cache=False" if policy.method.keeps_cache else "memory"
 
 
-def spell_knobs(description: Description) -> list[str]:
+def spell_knobs(knobs: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """`k: int = 1024`, one for each knob."""
     return [
         f"{knob}: {describe_type(hint)} = {'none' if default is None else default}"
-        for knob, (hint, default) in description.knobs.items()
+        for knob, (hint, default) in knobs.items()
     ]
+
+
+def text_of(factory: Callable) -> str:
+    """The docstring of a factory on one line."""
+    return " ".join((inspect.getdoc(factory) or "").split())
 
 
 def cells(description: Description) -> list[str]:
@@ -86,6 +98,13 @@ def markdown() -> str:
     table = [COLUMNS, ("---",) * len(COLUMNS), *(cells(description) for description in every)]
     parts = [_HEAD + "".join(f"| {' | '.join(line)} |\n" for line in table)]
     for description in every:
-        knobs = "".join(f"- `{knob}`\n" for knob in spell_knobs(description))
-        parts.append(f"## {description.name}\n\n{description.text}\n" + (f"\n{knobs}" if knobs else ""))
+        parts.append(_section(description.name, description.text, description.knobs))
+    parts.append(_PREFILL)
+    for name, factory in PREFILLS.items():
+        parts.append(_section(f"prefill: {name}", text_of(factory), knobs_of("prefill", PREFILLS, name)))
     return "\n".join(parts)
+
+
+def _section(title: str, text: str, knobs: Mapping[str, tuple[Any, Any]]) -> str:
+    spelled = "".join(f"- `{knob}`\n" for knob in spell_knobs(knobs))
+    return f"## {title}\n\n{text}\n" + (f"\n{spelled}" if spelled else "")

@@ -1,0 +1,40 @@
+"""k-means in plain numpy, its random choices handed in."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def nearest(points: np.ndarray, centroids: np.ndarray) -> list[int]:
+    """Number of each point's closest centroid, ties to the lower."""
+    return [int(np.argmin(np.sum((centroids - point[None, :]) ** 2, axis=1))) for point in points]
+
+
+def lloyd(points: np.ndarray, start: np.ndarray, iterations: int) -> tuple[np.ndarray, list[int]]:
+    """Centroids after at most `iterations` updates from `start`, and the label of every point under them.
+
+    A centroid without members stays where it was.
+    """
+    centroids, labels = np.array(start, np.float64), nearest(points, start)
+    for _ in range(iterations):
+        for number in range(len(centroids)):
+            members = [point for point, label in zip(points, labels, strict=True) if label == number]
+            if members:
+                centroids[number] = np.mean(members, axis=0)
+        before, labels = labels, nearest(points, centroids)
+        if labels == before:
+            break
+    return centroids, labels
+
+
+def spread(points: np.ndarray, draws: Sequence[float]) -> list[int]:
+    """k-means++: places of the first centroids, one for each draw in [0, 1).
+
+    The first is uniform; each later one is drawn in proportion to the squared distance from the nearest so far.
+    """
+    places = [int(draws[0] * len(points))]
+    for draw in draws[1:]:
+        squared = [min(np.sum((point - points[place]) ** 2) for place in places) for point in points]
+        total = np.cumsum(squared)
+        places.append(int(np.argmax(total > draw * total[-1])))
+    return places

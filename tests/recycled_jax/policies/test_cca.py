@@ -1,0 +1,275 @@
+"""CCA-Attention: its three forms against the numpy oracle and each other, its partition of the past, full attention
+where they coincide, and its gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recycled_jax import cca as module
+from recycled_jax import rope
+from recycled_jax.cca import CCA
+from recycled_jax.decode import begin, decode_step
+from recycled_jax.generate import generate, read
+from recycled_jax.model import causal
+from recycled_jax.policies import make_policy
+from recycled_jax.policies.cca import cca
+from tests.recycled_jax.policies.cca_numpy import NumpyCCA
+from tests.recycled_jax.policies.numpy_llama import Layer, NumpyLlama, rotate
+from tests.recycled_jax.policies.record import ALL_SHARE, ONE_TO_ONE, assert_equals_oracle
+from tests.recycled_jax.random_model import CONFIG, prompts, tiny_model
+
+KNOBS = {"group": 4, "window": 6}
+RAGGED = prompts(45, 8, 61)
+NEW = 12
+
+
+def run(policy, rows=RAGGED):
+    model, params = tiny_model()
+    return generate(model, params, rows, policy=policy, max_new_tokens=NEW, chunk=16, block=16)
+
+
+def attend(rule: CCA, q, k, v, positions=None):
+    """The training form, of arrays [heads, tokens, head_dim] before rotation."""
+    positions = np.arange(q.shape[1]) if positions is None else positions
+    q, k, v = (jnp.asarray(x, jnp.float32)[None] for x in (q, k, v))
+    return rule(q, k, v, rope.angles(CONFIG, jnp.asarray(positions, jnp.int32)[None]))[0]
+
+
+def attend_in_numpy(rule: CCA, q, k, v):
+    policy, layer, out = NumpyCCA(group=rule.group, window=rule.window), Layer(CONFIG, 0), []
+    for token in range(q.shape[1]):
+        layer.q.append(rotate(CONFIG, q[:, token], token))
+        layer.bare_k.append(k[:, token])
+        layer.k.append(rotate(CONFIG, k[:, token], token))
+        layer.v.append(v[:, token])
+        out.append(policy.prompt_attention(layer))
+    return np.stack(out, axis=1)
+
+
+def inputs(tokens: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    heads = (CONFIG.query_heads, CONFIG.kv_heads, CONFIG.kv_heads)
+    return [rng.normal(size=(number, tokens, CONFIG.head_dim)) for number in heads]
+
+
+# The longest prompt stays between 49 and 64 tokens: everything is padded to 64 and compiled once.
+@settings(max_examples=3)
+@given(lengths=st.tuples(st.integers(1, 64), st.integers(1, 64), st.integers(49, 64)), seed=st.integers(0, 9))
+@pytest.mark.parametrize(("config", "knobs"), [(ONE_TO_ONE, KNOBS), (ALL_SHARE, {"group": 8, "window": 3})], ids=str)
+def test_equals_numpy_on_ragged_batches(config, knobs, lengths, seed):
+    assert_equals_oracle(cca(**knobs), lambda: NumpyCCA(**knobs), prompts(*lengths, seed=seed), NEW, config)
+
+
+def test_prompts_are_read_and_cores_made_as_in_numpy():
+    model, params = tiny_model()
+    policy = cca(**KNOBS)
+    prefilled = read(model, params, RAGGED, policies=[policy], max_new_tokens=NEW, chunk=16)
+    cores = prefilled.prompts.seen(policy.prefill).cores
+    for row, prompt in enumerate(RAGGED):
+        numpy_policy = NumpyCCA(**KNOBS)
+        oracle = NumpyLlama(CONFIG, params, numpy_policy)
+        oracle.generate(prompt, 1)
+        for layer in range(CONFIG.layers):
+            ours = prefilled.cache.keys(layer)[row, :, : len(prompt)]
+            np.testing.assert_allclose(ours, np.stack(oracle.layers[layer].k, axis=1), atol=1e-4)
+            k, v = (np.stack(of_groups, axis=1) for of_groups in zip(*numpy_policy.cores[layer], strict=True))
+            np.testing.assert_allclose(cores.keys(layer)[row, :, : k.shape[1]], k, atol=1e-4)
+            np.testing.assert_allclose(cores.values(layer)[row, :, : v.shape[1]], v, atol=1e-4)
+
+
+def test_training_prompts_and_decoding_are_one_attention():
+    model, params = tiny_model()
+    policy = cca(**KNOBS)
+    tokens = np.array(prompts(61, 61, 61, seed=3), np.int32)
+    whole = np.asarray(jax.jit(model.clone(attention=CCA(**KNOBS)).apply)(params, tokens))
+    lengths = (45, 8, 21)
+    rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    prefilled = read(model, params, rows, policies=[policy], max_new_tokens=16, chunk=16)
+    step = jax.jit(lambda state, token: decode_step(model, params, state, token, policy=policy)[:2])
+    logits, state = prefilled.prompts.logits, begin(policy, prefilled)
+    for done in range(17):
+        expected = np.stack([whole[row, length + done - 1] for row, length in enumerate(lengths)])
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+        if done < 16:
+            logits, state = step(state, jnp.array([tokens[row, length + done] for row, length in enumerate(lengths)]))
+    dense = np.asarray(jax.jit(model.apply)(params, tokens))
+    assert np.abs(whole - dense)[:, 20:].max(axis=-1).min() > 1e-2  # another attention than the full one
+
+
+@pytest.mark.parametrize("min_block", [1, 16, 128])
+def test_training_form_equals_numpy_in_blocks_of_any_size(monkeypatch, min_block):
+    monkeypatch.setattr(module, "MIN_BLOCK", min_block)
+    for tokens in (9, 10, 45, 48):
+        arrays = inputs(tokens)
+        for rule in (CCA(**KNOBS), CCA(group=7, window=1)):
+            np.testing.assert_allclose(attend(rule, *arrays), attend_in_numpy(rule, *arrays), atol=1e-5)
+
+
+@pytest.mark.parametrize("min_block", [1, 128])
+def test_gradient_is_that_of_finite_differences_in_numpy(monkeypatch, min_block):
+    monkeypatch.setattr(module, "MIN_BLOCK", min_block)
+    rule, arrays = CCA(**KNOBS), inputs(29)
+    weight = np.random.default_rng(1).normal(size=arrays[0].shape)
+    gradients = jax.grad(lambda *x: jnp.sum(attend(rule, *x) * weight), (0, 1, 2))(*map(jnp.float32, arrays))
+    for place, gradient in enumerate(gradients):
+        direction = np.random.default_rng(2 + place).normal(size=gradient.shape)
+
+        def moved(by, place=place, direction=direction):
+            shifted = [x + by * direction if number == place else x for number, x in enumerate(arrays)]
+            return np.sum(attend_in_numpy(rule, *shifted) * weight)
+
+        assert np.sum(gradient * direction) == pytest.approx((moved(1e-5) - moved(-1e-5)) / 2e-5, rel=1e-4)
+
+
+def test_pooling_passes_a_gradient_to_the_queries_that_pool():
+    """With queries that see nothing but cores and themselves, one can tell: the first group's last query moves what
+    later tokens read."""
+    q, k, v = (jnp.float32(x) for x in inputs(12))
+    of_last = jax.grad(lambda q: jnp.sum(attend(CCA(group=4, window=1), q, k, v)[:, -1]))(q)
+    moved = np.abs(of_last).max(axis=(0, 2)) > 0
+    assert moved.tolist() == [token in (3, 7, 11) for token in range(12)]
+
+
+@settings(max_examples=30)
+@given(group=st.integers(1, 9), window=st.integers(1, 12), tokens=st.integers(1, 40))
+def test_every_token_of_the_past_is_seen_once(group, window, tokens):
+    rule = CCA(group, window)
+    lengths, slots = jnp.arange(1, tokens + 1), jnp.arange(tokens)
+    visible = np.asarray(rule.visible(lengths, tokens // group, slots[None, :]))
+    cores, local = np.split(visible, [tokens // group], axis=1)
+    seen = local.astype(int)
+    for number in range(tokens // group):
+        seen[:, number * group : (number + 1) * group] += cores[:, number, None]
+    np.testing.assert_array_equal(seen, np.tri(tokens))
+    counts = local.sum(axis=1)
+    assert (counts <= rule.longest).all() and (counts >= np.minimum(window, lengths)).all()
+
+
+def test_the_oracle_covers_the_past_once():
+    _, params = tiny_model()
+    oracle = NumpyCCA(**KNOBS)
+    NumpyLlama(CONFIG, params, oracle).generate(RAGGED[1], NEW)
+    assert oracle.covered[0] == [[1] * length for length in range(1, len(RAGGED[1]) + NEW)]
+
+
+@pytest.mark.parametrize("window", [1, 6])
+def test_groups_of_one_are_full_attention(window):
+    arrays = [jnp.float32(x)[None] for x in inputs(45)]
+    angles = rope.angles(CONFIG, jnp.arange(45)[None])
+    np.testing.assert_allclose(CCA(1, window)(*arrays, angles), causal(*arrays, angles), atol=1e-5)
+    assert_full(cca(group=1, window=window))
+
+
+def test_a_window_that_holds_everything_is_full_attention():
+    ours = assert_full(cca(group=4, window=73))
+    np.testing.assert_array_equal(ours.telemetry.attended, run(make_policy("full")).telemetry.attended)
+    # the identities would hold for a policy that ignored its knobs; this one would not
+    assert run(cca(**KNOBS)).tokens != run(make_policy("full")).tokens
+
+
+def assert_full(policy):
+    dense, ours = run(make_policy("full")), run(policy)
+    assert ours.tokens == dense.tokens
+    for these, those in zip(ours.log_probs, dense.log_probs, strict=True):
+        np.testing.assert_allclose(these, those, atol=1e-4)
+    return ours
+
+
+def test_positions_count_and_not_places():
+    """A rotation of everything changes nothing; a core turned to its place would be left behind."""
+    rule, arrays = CCA(**KNOBS), inputs(45)
+    moved = attend(rule, *arrays, positions=100 + np.arange(45))
+    np.testing.assert_allclose(moved, attend(rule, *arrays), atol=1e-4)
+    stretched = attend(rule, *arrays, positions=3 * np.arange(45))
+    assert np.abs(stretched - attend(rule, *arrays)).max() > 1e-2
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    together, alone = run(cca(**KNOBS)), run(cca(**KNOBS), RAGGED[:1])
+    assert alone.tokens == together.tokens[:1]
+    np.testing.assert_allclose(alone.log_probs[0], together.log_probs[0], atol=1e-5)
+
+
+def test_the_full_cache_is_not_read_and_can_be_dropped():
+    with_cache, without = cca(**KNOBS), cca(**KNOBS, keep_cache=False)
+    kept, dropped = run(with_cache), run(without)
+    assert dropped.tokens == kept.tokens
+    np.testing.assert_array_equal(dropped.telemetry.attended, kept.telemetry.attended)
+    model, params = tiny_model()
+    prefilled = read(model, params, RAGGED, policies=[without], max_new_tokens=NEW, chunk=16)
+    state = begin(without, prefilled)
+    assert state.cache is None
+    assert state.kept.held.capacity == prefilled.cache.capacity // 4 + 6 + 4 - 1
+
+
+def test_what_is_read_is_counted():
+    telemetry = run(cca(**KNOBS)).telemetry
+    for row, prompt in enumerate(RAGGED):
+        for step in range(NEW - 1):
+            length = len(prompt) + step + 1
+            cores = (length - 6) // 4
+            assert (telemetry.attended[step, :, row] == cores + length - 4 * cores).all()
+            assert (telemetry.scored[step, :, row] == (8 if length % 4 == 0 else 0)).all()
+
+
+def test_rows_that_have_stopped_keep_their_state():
+    model, params = tiny_model()
+    policy = cca(**KNOBS)
+    state = begin(policy, read(model, params, RAGGED, policies=[policy], max_new_tokens=NEW, chunk=16))
+    step = jax.jit(
+        lambda state, active: decode_step(model, params, state, jnp.zeros(3, int), policy=policy, active=active)
+    )
+    after = state
+    for _ in range(4):  # in these, every row completes a group
+        _, after, _ = step(after, jnp.array([True, False, True]))
+    before, now = (np.stack([x.kept.held.k, x.kept.held.v]) for x in (state, after))
+    np.testing.assert_array_equal(before[:, :, 1], now[:, :, 1])
+    changed = np.any(before[:, :, 0] != now[:, :, 0], axis=(0, 1, 2, 4))
+    assert changed[: state.kept.cores].tolist() == [core == 45 // 4 for core in range(state.kept.cores)]
+    assert changed[state.kept.cores :].sum() == 4
+
+
+def test_half_precision():
+    model, params = tiny_model(CONFIG, jnp.bfloat16)
+    policy = cca(**KNOBS)
+    generation = generate(model, params, RAGGED, policy=policy, max_new_tokens=2, chunk=16, block=16)
+    assert all(np.isfinite(row).all() for row in generation.log_probs)
+    tokens = jnp.array([RAGGED[0]])
+    logits = jax.jit(model.clone(attention=CCA(**KNOBS)).apply)(params, tokens)
+    exact_model, exact = tiny_model()
+    expected = jax.jit(exact_model.clone(attention=CCA(**KNOBS)).apply)(exact, tokens)
+    assert np.corrcoef(np.ravel(logits), np.ravel(expected))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [({"group": 0}, "group=0 must be at least 1 token"), ({"window": 0}, "window=0 must be at least 1 token")],
+)
+def test_knobs_that_cannot_be(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        cca(**knobs)
+
+
+def test_prompts_have_to_be_read_by_whole_groups_and_by_cca_itself():
+    model, params = tiny_model()
+    with pytest.raises(ValueError, match="prompts are read 16 tokens at a time, expected a multiple of group=5"):
+        run(cca(group=5))
+    densely_read = read(model, params, RAGGED, max_new_tokens=NEW, chunk=16)
+    with pytest.raises(ValueError, match="the prompts were read without CCAPrefill"):
+        generate(model, params, densely_read, policy=cca(**KNOBS), max_new_tokens=NEW)
+
+
+def test_knobs_may_change_after_training():
+    """One set of parameters, read with other groups than before: nothing about them is in the weights."""
+    model, params = tiny_model()
+    shapes = [
+        jax.eval_shape(model.clone(attention=CCA(**knobs)).init, jax.random.key(0), jnp.zeros((1, 20), jnp.int32))
+        for knobs in (KNOBS, {"group": 2, "window": 3})
+    ]
+    assert jax.tree.map(jnp.shape, shapes[0]) == jax.tree.map(jnp.shape, shapes[1]) == jax.tree.map(jnp.shape, params)
+    assert dataclasses.replace(CCA(**KNOBS), group=2).longest == 7
