@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from recycled_jax.cca import CCA
 from recycled_jax.tasks.words import KEYS
 
 
@@ -20,7 +21,8 @@ def _check(settings: Any, prefix: str, names: Iterable[str], *, at_least: float,
 class ModelSizes:
     """A model trained from scratch; `mlp` and `embed` are widths, `max_length` is in tokens.
 
-    `init` other than `plain` is explained in `train.init`.
+    `init` other than `plain` is explained in `train.init`. `cca`, if given, is what it attends instead of everything
+    (`recycled_jax.cca`); decode it with the policy of that name.
     """
 
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "qwen2"
@@ -33,6 +35,7 @@ class ModelSizes:
     head_dim: int = 64
     rope_theta: float = 1e6
     max_length: int = 32768
+    cca: CCA | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from recycled_jax.config import LlamaConfig
 from recycled_jax.hf import save_hf
-from recycled_jax.model import Llama
+from recycled_jax.model import Llama, causal
 from recycled_jax.tasks.prose import generated_sentences, read_haystack
 from recycled_jax.weights import parameter_count
 from train.checkpoint import Checkpoints
@@ -43,7 +43,12 @@ def train(config: TrainConfig) -> Path | None:
     with _StopOnSigterm() as stop, closing(Checkpoints(config)) as checkpoints:
         first = done = checkpoints.step or 0
         tokenizer = _tokenizer(out / "tokenizer", sentences, config, resumed=first > 0)
-        model = Llama(model_config(config, tokenizer), dtype=jnp.dtype(config.dtype), remat=config.remat)
+        model = Llama(
+            model_config(config, tokenizer),
+            dtype=jnp.dtype(config.dtype),
+            remat=config.remat,
+            attention=config.model.cca or causal,
+        )
         evaluation = RetrievalEvaluation(
             model, tokenizer, length=config.evaluate_length, examples=config.evaluate_examples, seed=config.seed + 1
         )

@@ -218,8 +218,8 @@ def attention_predictor(
     dense_layers: tuple[int, ...] = (),
 ) -> Policy:
     """AttentionPredictor: each block's attention is predicted from its last `history` values, of which every
-    `calibration`-th is exact, by a small CNN (`weights` are a file other than its own) or without training by an average in which a
-    row counts `decay` times as much as the one after it (Yang et al., arXiv 2502.04077)."""
+    `calibration`-th is exact, by a small CNN (from the file `weights`, if not its own) or, without training, by an
+    average in which a row counts `decay` times as much as the one after it (Yang et al., arXiv 2502.04077)."""
     if predictor not in get_args(Prediction):
         raise ValueError(f"predictor={predictor!r} must be one of {', '.join(get_args(Prediction))}")
     method = AttentionPredictor(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import KVCache, gather_attention
 from recycled_jax.frame import Attended, LastQueries, LayerTrace, Method
-from recycled_jax.frame.method import slots_held
+from recycled_jax.frame.method import Axes, slots_held
 from recycled_jax.policies import kmeans
 from recycled_jax.policies.policy import Policy
 from recycled_jax.policies.tactic import capped
@@ -148,6 +148,14 @@ class Squeezed(Method):
                 f"k={self.k} must be above window={self.window}: the observation window and the current token are "
                 "always read; raise k or shorten the window"
             )
+
+    @property
+    def axes(self):
+        coarse = "" if self.coarse is None else f" within clusters of {self.coarse.size}"
+        scorer = f"clusters of {self.fine.size} keys{coarse}"
+        return Axes(
+            scorer, f"threshold(quantile={self.quantile}, k={self.k})", "every-step; clusters of the prompt once"
+        )
 
     @property
     def observers(self):

@@ -45,7 +45,7 @@ class StaleAttentionScorer(Scorer):
 def stale_top_k(k: int = 1024, delay: int = 1, pool: int = 1, group_reduction: GroupReduction = "max") -> Policy:
     """Stale top-k: what exact top-k would have kept `delay` steps ago, and the tokens since, `k` in all. Its mean over
     the delays of a stride tells what recycling over that stride can reach (ours)."""
-    if not 0 <= delay < k:
+    if k > 0 and not 0 <= delay < k:
         raise ValueError(f"delay={delay} must be between 0 and k - 1 = {k - 1}: the tokens since are always attended")
     return Policy(
         "stale-top-k", Selecting(StaleAttentionScorer(delay, group_reduction), TopK(k, pool, recent=delay + 1))

@@ -13,7 +13,7 @@ from pallas_kernels import KVCache, gather_attention, select_tokens
 from pallas_kernels.ops.gather_selection.xla import gather_heads
 from pallas_kernels.ops.one_query import softmax_weights
 from recycled_jax.frame import Attended, Here, LayerTrace, Method
-from recycled_jax.frame.method import slots_held
+from recycled_jax.frame.method import Axes, slots_held
 from recycled_jax.policies import kmeans
 from recycled_jax.policies.policy import Policy
 from recycled_jax.policies.top_p import mass_before
@@ -160,8 +160,9 @@ class Tactic(Method):
             raise ValueError(f"exact_below={self.exact_below} must be at least 1 slot (1: the estimate always)")
 
     @property
-    def observers(self):
-        return ()
+    def axes(self):
+        scorer = f"clusters of {self.clusters.cluster_size} keys, fitted tail"
+        return Axes(scorer, f"top-p(p={self.p}, k={self.k})", f"every-step; clusters anew every {self.recluster}")
 
     def begin(self, prefilled, *, implementation):
         cache, lengths = prefilled.cache, prefilled.prompts.lengths

@@ -1,7 +1,7 @@
 """CCA-Attention: its three forms against the numpy oracle and each other, its partition of the past, full attention
 where they coincide, and its gradient."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from recycled_jax import cca as module
 from recycled_jax import rope
 from recycled_jax.cca import CCA
-from recycled_jax.decode import begin, decode_step
+from recycled_jax.decode import begin, decode_step, prefill
 from recycled_jax.generate import generate, read
-from recycled_jax.model import causal
+from recycled_jax.model import SequenceAttention, causal
 from recycled_jax.policies import make_policy
 from recycled_jax.policies.cca import cca
 from tests.recycled_jax.policies.cca_numpy import NumpyCCA
@@ -33,11 +33,17 @@ def run(policy, rows=RAGGED):
     return generate(model, params, rows, policy=policy, max_new_tokens=NEW, chunk=16, block=16)
 
 
-def attend(rule: CCA, q, k, v, positions=None):
+@functools.partial(jax.jit, static_argnames="policy")
+def step(state, token, active, *, policy):
+    return decode_step(*tiny_model(), state, token, policy=policy, active=active)[:2]
+
+
+def attend(rule: SequenceAttention, q, k, v, positions=None):
     """The training form, of arrays [heads, tokens, head_dim] before rotation."""
     positions = np.arange(q.shape[1]) if positions is None else positions
-    q, k, v = (jnp.asarray(x, jnp.float32)[None] for x in (q, k, v))
-    return rule(q, k, v, rope.angles(CONFIG, jnp.asarray(positions, jnp.int32)[None]))[0]
+    angles = rope.angles(CONFIG, jnp.asarray(positions, jnp.int32)[None])
+    # made anew at every call: what is patched in the module counts
+    return jax.jit(lambda *x: rule(*(jnp.asarray(heads, jnp.float32)[None] for heads in x), angles)[0])(q, k, v)
 
 
 def attend_in_numpy(rule: CCA, q, k, v):
@@ -90,21 +96,22 @@ def test_training_prompts_and_decoding_are_one_attention():
     lengths = (45, 8, 21)
     rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     prefilled = read(model, params, rows, policies=[policy], max_new_tokens=16, chunk=16)
-    step = jax.jit(lambda state, token: decode_step(model, params, state, token, policy=policy)[:2])
+    active = jnp.ones(3, bool)
     logits, state = prefilled.prompts.logits, begin(policy, prefilled)
     for done in range(17):
         expected = np.stack([whole[row, length + done - 1] for row, length in enumerate(lengths)])
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         if done < 16:
-            logits, state = step(state, jnp.array([tokens[row, length + done] for row, length in enumerate(lengths)]))
+            following = [tokens[row, length + done] for row, length in enumerate(lengths)]
+            logits, state = step(state, jnp.array(following), active, policy=policy)
     dense = np.asarray(jax.jit(model.apply)(params, tokens))
     assert np.abs(whole - dense)[:, 20:].max(axis=-1).min() > 1e-2  # another attention than the full one
 
 
-@pytest.mark.parametrize("min_block", [1, 16, 128])
+@pytest.mark.parametrize("min_block", [1, 128])
 def test_training_form_equals_numpy_in_blocks_of_any_size(monkeypatch, min_block):
     monkeypatch.setattr(module, "MIN_BLOCK", min_block)
-    for tokens in (9, 10, 45, 48):
+    for tokens in (10, 45):
         arrays = inputs(tokens)
         for rule in (CCA(**KNOBS), CCA(group=7, window=1)):
             np.testing.assert_allclose(attend(rule, *arrays), attend_in_numpy(rule, *arrays), atol=1e-5)
@@ -157,12 +164,12 @@ def test_the_oracle_covers_the_past_once():
     assert oracle.covered[0] == [[1] * length for length in range(1, len(RAGGED[1]) + NEW)]
 
 
-@pytest.mark.parametrize("window", [1, 6])
-def test_groups_of_one_are_full_attention(window):
-    arrays = [jnp.float32(x)[None] for x in inputs(45)]
-    angles = rope.angles(CONFIG, jnp.arange(45)[None])
-    np.testing.assert_allclose(CCA(1, window)(*arrays, angles), causal(*arrays, angles), atol=1e-5)
-    assert_full(cca(group=1, window=window))
+def test_groups_of_one_are_full_attention():
+    arrays = inputs(45)
+    for window in (1, 6):
+        rule = CCA(group=1, window=window)
+        np.testing.assert_allclose(attend(rule, *arrays), attend(causal, *arrays), atol=1e-5)
+    assert_full(cca(group=1, window=6))
 
 
 def test_a_window_that_holds_everything_is_full_attention():
@@ -221,13 +228,10 @@ def test_rows_that_have_stopped_keep_their_state():
     model, params = tiny_model()
     policy = cca(**KNOBS)
     state = begin(policy, read(model, params, RAGGED, policies=[policy], max_new_tokens=NEW, chunk=16))
-    step = jax.jit(
-        lambda state, active: decode_step(model, params, state, jnp.zeros(3, int), policy=policy, active=active)
-    )
     after = state
-    for _ in range(4):  # in these, every row completes a group
-        _, after, _ = step(after, jnp.array([True, False, True]))
-    before, now = (np.stack([x.kept.held.k, x.kept.held.v]) for x in (state, after))
+    for _ in range(4):  # in these, every row would complete a group
+        _, after = step(after, jnp.zeros(3, jnp.int32), jnp.array([True, False, True]), policy=policy)
+    before, now = (np.stack([state.kept.held.k, state.kept.held.v]) for state in (state, after))
     np.testing.assert_array_equal(before[:, :, 1], now[:, :, 1])
     changed = np.any(before[:, :, 0] != now[:, :, 0], axis=(0, 1, 2, 4))
     assert changed[: state.kept.cores].tolist() == [core == 45 // 4 for core in range(state.kept.cores)]
@@ -235,15 +239,22 @@ def test_rows_that_have_stopped_keep_their_state():
 
 
 def test_half_precision():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, heads, 45, 8)), jnp.bfloat16) for heads in (4, 2, 2))
+    angles = rope.angles(CONFIG, jnp.arange(45)[None])
+    rule = jax.jit(CCA(**KNOBS))
+    half, exact = rule(q, k, v, angles), rule(*(x.astype(jnp.float32) for x in (q, k, v)), angles)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(half), exact, atol=0.05)
     model, params = tiny_model(CONFIG, jnp.bfloat16)
     policy = cca(**KNOBS)
-    generation = generate(model, params, RAGGED, policy=policy, max_new_tokens=2, chunk=16, block=16)
-    assert all(np.isfinite(row).all() for row in generation.log_probs)
-    tokens = jnp.array([RAGGED[0]])
-    logits = jax.jit(model.clone(attention=CCA(**KNOBS)).apply)(params, tokens)
-    exact_model, exact = tiny_model()
-    expected = jax.jit(exact_model.clone(attention=CCA(**KNOBS)).apply)(exact, tokens)
-    assert np.corrcoef(np.ravel(logits), np.ravel(expected))[0, 1] > 0.99
+
+    def continued(tokens, lengths):
+        state = prefill(model, params, tokens, lengths, policy=policy, capacity=64, chunk=16)[1]
+        return decode_step(model, params, state, jnp.zeros(2, jnp.int32), policy=policy)[1]
+
+    state = jax.eval_shape(continued, jnp.zeros((2, 48), jnp.int32), jnp.array([45, 8]))
+    assert state.kept.held.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -262,14 +273,3 @@ def test_prompts_have_to_be_read_by_whole_groups_and_by_cca_itself():
     densely_read = read(model, params, RAGGED, max_new_tokens=NEW, chunk=16)
     with pytest.raises(ValueError, match="the prompts were read without CCAPrefill"):
         generate(model, params, densely_read, policy=cca(**KNOBS), max_new_tokens=NEW)
-
-
-def test_knobs_may_change_after_training():
-    """One set of parameters, read with other groups than before: nothing about them is in the weights."""
-    model, params = tiny_model()
-    shapes = [
-        jax.eval_shape(model.clone(attention=CCA(**knobs)).init, jax.random.key(0), jnp.zeros((1, 20), jnp.int32))
-        for knobs in (KNOBS, {"group": 2, "window": 3})
-    ]
-    assert jax.tree.map(jnp.shape, shapes[0]) == jax.tree.map(jnp.shape, shapes[1]) == jax.tree.map(jnp.shape, params)
-    assert dataclasses.replace(CCA(**KNOBS), group=2).longest == 7

@@ -37,7 +37,7 @@ EVERYWHERE = ()  # no dense layers
     knobs=st.sampled_from(
         [
             {"k": 4, "reduction": 4, "dense_layers": EVERYWHERE},
-            {"k": 12, "reduction": 2, "label_bits": 4, "dense_layers": (0,)},
+            {"k": 8, "reduction": 2, "label_bits": 4, "dense_layers": (0,)},
         ]
     ),
 )
@@ -120,7 +120,7 @@ def test_a_row_of_a_batch_is_the_row_without_padding():
 
 
 def test_reads_a_share_of_the_keys():
-    policy = double_sparse(12, reduction=2, label_bits=4, dense_layers=(0,))
+    policy = double_sparse(8, reduction=2, label_bits=4, dense_layers=(0,))
     telemetry = run(policy, RAGGED, NEW, ALL_SHARE)[0].telemetry
     np.testing.assert_array_equal(telemetry.scored[0], [[0] * 3, *[[34 / 8, 3 / 8, 19 / 8]] * 2])
 

@@ -28,7 +28,7 @@ LENGTHS = st.tuples(st.just(33), st.integers(1, 33), st.integers(1, 33))
         (ONE_TO_ONE, {"recent": 0, "accumulation": "normalised"}),
         (ALL_SHARE, {}),
     ],
-    ids=str,
+    ids=["group 1, normalised", "group 4"],
 )
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(lengths=LENGTHS, k=st.sampled_from([4, 11]))

@@ -80,16 +80,31 @@ def test_selecting_in_every_layer_is_refreshkv(name, knobs):
     assert ours.method.plan.roles(CONFIG.layers) == theirs.method.plan.roles(CONFIG.layers)
 
 
-def test_selecting_in_every_layer_equals_the_oracle_of_refreshkv():
-    knobs = {"k": 16, "stride": 2, "threshold": 0.3, "max_stride": 9, "pool": 7, "refresh": "selection"}
-    policy = recycled_tidal(recent_ratio=1 / 16, **knobs, **ALL, **OF_EACH_HEAD)
+REFRESHKV = {"k": 16, "stride": 2, "threshold": 0.3, "max_stride": 9, "pool": 7, "refresh": "selection"}
+
+
+def dynamic_in_every_layer(rows):
+    policy = recycled_tidal(recent_ratio=1 / 16, **REFRESHKV, **ALL, **OF_EACH_HEAD)
     model, params = tiny_model()
-    result = generate(model, params, RAGGED, policy=policy, max_new_tokens=NEW, chunk=16, block=8)
+    return generate(model, params, rows, policy=policy, max_new_tokens=NEW, chunk=48, block=NEW)
+
+
+def test_selecting_in_every_layer_equals_the_oracle_of_refreshkv():
+    result = dynamic_in_every_layer(RAGGED)
+    _, params = tiny_model()
     for row, prompt in enumerate(RAGGED):
-        oracle = NumpyRefreshKV(**knobs)
+        oracle = NumpyRefreshKV(**REFRESHKV)
         assert result.tokens[row] == NumpyLlama(CONFIG, params, oracle).generate(prompt, NEW)
         for layer, steps in oracle.refreshes.items():
             assert (np.flatnonzero(result.telemetry.refreshed[:, layer, row]) + 1).tolist() == steps
+
+
+def test_a_padded_row_is_the_row_alone():
+    together = dynamic_in_every_layer(RAGGED)
+    for row, prompt in enumerate(RAGGED):
+        alone = dynamic_in_every_layer([prompt])
+        assert together.tokens[row] == alone.tokens[0]
+        np.testing.assert_array_equal(together.telemetry.refreshed[:, :, row], alone.telemetry.refreshed[:, :, 0])
 
 
 @pytest.mark.parametrize(
@@ -147,14 +162,6 @@ def test_a_budget_above_the_length_is_full_attention():
     assert result.tokens == dense.tokens
     for ours, theirs in zip(result.log_probs, dense.log_probs, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
-
-
-def test_a_padded_row_is_the_row_alone():
-    policy = recycled_tidal(**DYNAMIC)
-    together, selections = run(policy, RAGGED, NEW, GROUPED)
-    for row, prompt in enumerate(RAGGED[:2]):
-        alone, alone_selections = run(policy, [prompt], NEW, GROUPED, chunk=32)
-        assert together.tokens[row] == alone.tokens[0] and selections[row] == alone_selections[0]
 
 
 def test_buffers_hold_corrected_keys_and_values():

@@ -35,7 +35,7 @@ LENGTHS = st.tuples(st.just(33), st.integers(1, 33), st.integers(1, 33))
         (ALL_SHARE, {"window": 4, "pool": 3, "pooling": "max"}, 0, [4, 11]),
         (CONFIG, {"window": 2, "pooling": "avg_padded", "group_reduction": "mean"}, 5, [4]),
     ],
-    ids=str,
+    ids=["group 1, growing", "group 4, evicting", "group 2, a short tail"],
 )
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(lengths=LENGTHS, data=st.data())

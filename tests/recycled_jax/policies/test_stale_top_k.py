@@ -31,12 +31,13 @@ def test_without_delay_it_is_top_k():
 
 def test_is_what_recycling_attends_so_many_steps_after_a_refresh():
     # in the lowest layer, whose queries depend on the tokens alone
-    stride, steps = 3, prompts(8, seed=2)
-    _, (recycling,) = run_on(recycled(6, stride, refresh="selection", pool=3), prompts(20), steps)
+    stride, tokens = 2, prompts(7, 7, 7, seed=2)
+    _, recycling = run_on(recycled(6, stride, refresh="selection", pool=3), RAGGED, tokens, ALL_SHARE)
     for delay in range(stride):
-        _, (stale,) = run_on(stale_top_k(6, delay, pool=3), prompts(20), steps)
-        at_that_age = slice((delay - 1) % stride, None, stride)
-        assert stale[0][at_that_age] == recycling[0][at_that_age]
+        _, stale = run_on(stale_top_k(6, delay, pool=3), RAGGED, tokens, ALL_SHARE)
+        for ours, theirs in zip(stale, recycling, strict=True):
+            at_that_age = slice((delay - 1) % stride, None, stride)
+            assert ours[0][at_that_age] == theirs[0][at_that_age]
 
 
 def test_a_budget_above_the_length_is_full_attention_and_a_small_one_is_not():

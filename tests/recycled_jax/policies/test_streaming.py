@@ -32,7 +32,7 @@ LENGTHS = st.tuples(st.just(33), st.integers(1, 33), st.integers(1, 33))
         (ONE_TO_ONE, 3, "true", [11]),
         (ALL_SHARE, 1, "true", [4]),
     ],
-    ids=str,
+    ids=["group 1, shifted", "group 4, shifted", "group 1", "group 4"],
 )
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(lengths=LENGTHS, data=st.data())

@@ -24,9 +24,10 @@ RAGGED = prompts(33, 5, 17)
 NEW = 12
 # the longest row is given, so that all batches have one shape
 LENGTHS = st.tuples(st.just(33), st.integers(1, 33), st.integers(1, 33))
+WAYS = [(ONE_TO_ONE, False), (ALL_SHARE, True)]
 
 
-@pytest.mark.parametrize(("config", "protect_self"), [(ONE_TO_ONE, False), (ALL_SHARE, True)], ids=str)
+@pytest.mark.parametrize(("config", "protect_self"), WAYS, ids=["group 1", "group 4, protected"])
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(lengths=LENGTHS, k=st.sampled_from([4, 11]))
 def test_equals_the_oracle(config, protect_self, lengths, k):
@@ -67,7 +68,7 @@ def test_first_cut_is_that_of_snapkv_whose_present_token_is_not_forced():
             assert left == set(np.argsort(-scores[row, : lengths[row]], kind="stable")[:8].tolist())
 
 
-@pytest.mark.parametrize(("config", "protect_self"), [(ONE_TO_ONE, False), (ALL_SHARE, True)], ids=str)
+@pytest.mark.parametrize(("config", "protect_self"), WAYS, ids=["group 1", "group 4, protected"])
 def test_the_present_token_may_go_unless_it_is_protected(config, protect_self):
     _, slots = run(tova(4, protect_self), RAGGED, NEW, config)
     steps = [
