@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from recycled_jax.cca import CCA
@@ -21,8 +21,9 @@ def _check(settings: Any, prefix: str, names: Iterable[str], *, at_least: float,
 class ModelSizes:
     """A model trained from scratch; `mlp` and `embed` are widths, `max_length` is in tokens.
 
-    `init` other than `plain` is explained in `train.init`. `cca`, if given, is what it attends instead of everything
-    (`recycled_jax.cca`); decode it with the policy of that name.
+    `init` other than `plain` is explained in `train.init`. Or `start` is the folder of a Hugging Face checkpoint to go
+    on from, which then tells all of that. `cca`, if given, is what the model attends instead of everything
+    (`recycled_jax.cca`); decode with the policy of that name.
     """
 
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "qwen2"
@@ -35,7 +36,16 @@ class ModelSizes:
     head_dim: int = 64
     rope_theta: float = 1e6
     max_length: int = 32768
+    start: str | None = None
     cca: CCA | None = None
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if self.start is not None and setting.name not in ("start", "cca") and value != setting.default:
+                raise ValueError(
+                    f"model.{setting.name}={value!r} is told by the checkpoint model.start={self.start!r}; leave it out"
+                )
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from optax import GradientTransformation
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from recycled_jax.config import LlamaConfig
-from recycled_jax.hf import save_hf
+from recycled_jax.hf import find_checkpoint, load_hf, save_hf
 from recycled_jax.model import Llama, causal
 from recycled_jax.tasks.prose import generated_sentences, read_haystack
+from recycled_jax.tokenizer import load_tokenizer
 from recycled_jax.weights import parameter_count
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.data import Batch, RetrievalMixture
 from train.evaluate import RetrievalEvaluation
-from train.step import Metrics, abstract_state, init_state, make_mesh, make_optimizer, make_train_step
+from train.step import (
+    Metrics,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_mesh,
+    make_optimizer,
+    make_train_step,
+    start_state,
+)
 from train.tokenizer import BOS, EOS, PAD, train_tokenizer
 
 
@@ -55,7 +66,7 @@ def train(config: TrainConfig) -> Path | None:
         optimizer = make_optimizer(config.optimizer, model.config, config.steps)
         state = checkpoints.restore(abstract_state(model, optimizer, mesh))
         if state is None:
-            state = init_state(model, optimizer, mesh, config.seed, config.model.init)
+            state = _first_state(model, optimizer, mesh, config)
         step_fn = make_train_step(model, optimizer, mesh)
         mixture = RetrievalMixture(config.data, tokenizer, sentences, config.seed)
         tqdm.write(f"{parameter_count(model.config):,} parameters, {config.steps} steps, starting at step {first}")
@@ -84,9 +95,18 @@ def train(config: TrainConfig) -> Path | None:
     return out / "hf"
 
 
+def _first_state(model: Llama, optimizer: GradientTransformation, mesh: Mesh, config: TrainConfig) -> TrainState:
+    if config.model.start is None:
+        return init_state(model, optimizer, mesh, config.seed, config.model.init)
+    _, params = load_hf(config.model.start, mesh=mesh)
+    return start_state(model, optimizer, mesh, params)
+
+
 def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The model of a run; tied embeddings, the vocabulary rounded up to a multiple of 128."""
+    """The model of a run; from scratch: tied embeddings, the vocabulary rounded up to a multiple of 128."""
     sizes = config.model
+    if sizes.start is not None:
+        return LlamaConfig.from_hf(find_checkpoint(sizes.start))
     ids = tokenizer.get_vocab()
     return LlamaConfig(
         model_type=sizes.model_type,
@@ -115,7 +135,15 @@ def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
 
 def _tokenizer(path: Path, sentences: list[str], config: TrainConfig, *, resumed: bool) -> PreTrainedTokenizerFast:
     # without a checkpoint, what lies there may be half written or of other settings
-    if not resumed:
+    if not resumed and config.model.start is not None:
+        tokenizer = load_tokenizer(config.model.start)
+        missing = [token for token in (BOS, EOS, PAD) if token not in tokenizer.get_vocab()]
+        if missing:
+            raise ValueError(
+                f"model.start={config.model.start!r} has a tokenizer without {missing[0]}, as the data need"
+            )
+        tokenizer.save_pretrained(path)
+    elif not resumed:
         prose = generated_sentences(np.random.default_rng(config.seed), 5000)
         train_tokenizer([*sentences, *prose], merges=config.data.tokenizer_merges).save_pretrained(path)
     return AutoTokenizer.from_pretrained(path)

@@ -129,6 +129,12 @@ def init_state(
     return jax.jit(lambda: _fresh(model, optimizer, seed, init), out_shardings=shardings)()
 
 
+def start_state(model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, params: Any) -> TrainState:
+    """A fresh state for parameters from elsewhere, which are donated."""
+    shardings = state_shardings(model, optimizer, mesh)
+    return jax.jit(lambda params: _at_first(optimizer, params), out_shardings=shardings, donate_argnums=0)(params)
+
+
 def abstract_state(model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: _fresh(model, optimizer, 0))
@@ -160,4 +166,8 @@ def _fresh(model: Llama, optimizer: optax.GradientTransformation, seed: int, ini
     params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
     if init == "retrieval":
         params = retrieval_init(model.config, params, jax.random.key(seed + 1))
+    return _at_first(optimizer, params)
+
+
+def _at_first(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

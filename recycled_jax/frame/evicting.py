@@ -120,19 +120,19 @@ class Evicting(Method):
         return EvictingState(positions, worth, HeadMajor(k, v))
 
     def attend(self, role, token, cache, state, handed, here):
-        layer = here.layer
+        layer, positions, worth = here.layer, state.positions[here.layer], state.worth[here.layer]
         # Kv heads evict apart, so their free entries differ: one scatter of a token's heads into as many entries.
-        free = jnp.argmax(state.positions[layer] < 0, axis=-1)
+        free = jnp.argmax(positions < 0, axis=-1)
         at = _entries(layer, jnp.where(here.active[:, None], free, self.k))  # past the end: the row writes nothing
-        present = jnp.broadcast_to(here.lengths[:, None] - 1, free.shape)
         held = HeadMajor(
             *(
                 stack.at[at].set(new.astype(stack.dtype), mode="drop")
                 for stack, new in ((state.held.k, token.k), (state.held.v, token.v))
             )
         )
-        positions = state.positions.at[at].set(present, mode="drop")[layer]
-        worth = state.worth.at[at].set(0.0, mode="drop")[layer]
+        comes = (jnp.arange(self.k)[None, None, :] == free[..., None]) & here.active[:, None, None]
+        positions = jnp.where(comes, here.lengths[:, None, None] - 1, positions)
+        worth = jnp.where(comes, 0.0, worth)
         with jax.named_scope("attention/selection"):
             output, scores = selection_attention(
                 token.q,

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from recycled_jax.frame import Attended, Method
+from recycled_jax.frame import Attended, Axes, Method
+from recycled_jax.frame.method import in_words
 from recycled_jax.policies.infllm import BlockMemory, Blocks, Representatives, attend_and_weigh, selecting_trace
 from recycled_jax.policies.policy import Policy
 
@@ -66,6 +67,11 @@ class ActQKV(Method):
     blocks: Blocks
     representatives: Representatives
     budgets: EntropyBudgets
+
+    @property
+    def axes(self):
+        scorer = f"cosine with representatives({self.representatives.count} of a block)"
+        return Axes(scorer, f"{in_words(self.blocks)}, by {in_words(self.budgets)}", "every-step")
 
     @property
     def observers(self):

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from safetensors.numpy import load_file
 
 from pallas_kernels import KVCache, token_scores
-from recycled_jax.frame import Attended, Here, LastQueries, LayerPlan, LayerTrace, Method
-from recycled_jax.frame.method import slots_held
+from recycled_jax.frame import Attended, Axes, Here, LastQueries, LayerPlan, LayerTrace, Method
+from recycled_jax.frame.method import in_words, layers_in_words, slots_held
 from recycled_jax.policies.infllm import Blocks, attend_and_weigh
 from recycled_jax.policies.policy import Policy
 
@@ -131,6 +131,11 @@ class AttentionPredictor(Method):
             raise ValueError(f"history={self.history} must be at least 1 row")
         if self.calibration < 1:
             raise ValueError(f"calibration={self.calibration} must be at least 1 (1 calibrates at every step)")
+
+    @property
+    def axes(self):
+        when = f"every-step, exact row every {self.calibration}" + layers_in_words(self.layers)
+        return Axes(f"{in_words(self.predictor)} of {self.history} rows", in_words(self.blocks), when)
 
     @property
     def observers(self):

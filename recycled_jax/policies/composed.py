@@ -3,6 +3,7 @@
 from typing import Any
 
 from recycled_jax.frame import Method, Recycling, RefreshAttention, RowRule, Scorer, Selecting, Selector, TopK, TopPages
+from recycled_jax.policies.less_is_more import QueryHeadScorer
 from recycled_jax.policies.pages_and_tokens import PagesOfSlots, SlotsOfPages
 from recycled_jax.policies.parts import SCHEDULES, SCORERS, SELECTORS, make_layers, make_part
 from recycled_jax.policies.policy import Policy
@@ -25,6 +26,8 @@ def composed(
     serve selectors of slots and the other way round."""
     chosen: Selector = make_part("selector", SELECTORS, selector)
     fitting = _fit(make_part("scorer", SCORERS, scorer), chosen)
+    if isinstance(fitting, QueryHeadScorer) and not (isinstance(chosen, TopK) and chosen.shared):
+        raise ValueError("policy.scorer.name='query-heads' gives scores of every query head; set policy.selector.shared")
     when, plan = make_part("schedule", SCHEDULES, schedule), make_layers(layers or {})
     if when is None:
         if isinstance(chosen, TopK) and chosen.tail:

@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import KVCache
-from recycled_jax.frame import Attended, Here, LayerTrace, Method, Observer, PromptChunk, Token
-from recycled_jax.frame.method import slots_held
+from recycled_jax.frame import Attended, Axes, Here, LayerTrace, Method, Observer, PromptChunk, Token
+from recycled_jax.frame.method import in_words, slots_held
 from recycled_jax.policies.policy import Policy
 
 _QUERIES_AT_ONCE = 64  # of a prompt's chunk, so that no array of chunk × capacity is made
@@ -244,6 +244,10 @@ class InfLLM(Method):
 
     blocks: Blocks
     representatives: Representatives
+
+    @property
+    def axes(self):
+        return Axes(f"representatives({self.representatives.count} of a block)", in_words(self.blocks), "every-step")
 
     @property
     def observers(self):

@@ -18,6 +18,7 @@ from recycled_jax.frame import (
     TopPages,
 )
 from recycled_jax.policies.int8_keys import Int8Scorer
+from recycled_jax.policies.less_is_more import QueryHeadScorer
 from recycled_jax.policies.quest import PageBoundScorer
 from recycled_jax.policies.random_slots import RandomScorer
 from recycled_jax.policies.snapkv import WindowScorer
@@ -30,6 +31,7 @@ def every_step() -> None:
 
 SCORERS: dict[str, Callable[..., Scorer]] = {
     "attention": AttentionScorer,
+    "query-heads": QueryHeadScorer,
     "window": WindowScorer,
     "int8": Int8Scorer,
     "page-bounds": PageBoundScorer,

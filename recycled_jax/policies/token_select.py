@@ -12,25 +12,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import KVCache, gather_attention
 from recycled_jax import rope
-from recycled_jax.frame import Attended, Here, LastQueries, LayerTrace, Method, Observer, TopK
-from recycled_jax.frame.method import slots_held
+from recycled_jax.frame import Attended, Axes, Here, LastQueries, LayerTrace, Method, TopK
+from recycled_jax.frame.method import in_words, slots_held
 from recycled_jax.policies.policy import Policy
 
 Positions = Literal["true", "compact"]
 QueryHeads = Float[Array, "batch query_heads head_dim"]
 Keys = Float[Array, "batch kv_heads slots head_dim"]
-
-
-@dataclass(frozen=True)
-class Frequencies(Observer):
-    """The model's rotary frequencies, `[layers, head_dim / 2]`; nothing of the prompt."""
-
-    def start(self, config, *, batch, capacity, dtype):
-        frequencies = jnp.asarray(rope.frequencies(config))
-        return jnp.broadcast_to(frequencies[None, :], (config.layers, frequencies.shape[0]))
-
-    def observe(self, seen, chunk, cache):
-        return seen
 
 
 class Placement(ABC):
@@ -152,12 +140,18 @@ class TokenSelect(Method):
     max_stride: int
 
     @property
+    def axes(self):
+        when = f"query-check(threshold={self.threshold}, max_stride={self.max_stride}) by all heads together"
+        return Axes(in_words(self.vote), in_words(self.selector), when)
+
+    @property
     def observers(self):
-        return (LastQueries(1), Frequencies())
+        return (LastQueries(1),)
 
     def begin(self, prefilled, *, implementation):
         cache, lengths = prefilled.cache, prefilled.prompts.lengths
-        window, frequencies = prefilled.prompts.seen(LastQueries(1)), prefilled.prompts.seen(Frequencies())
+        window, one = prefilled.prompts.seen(LastQueries(1)), jnp.asarray(rope.frequencies(prefilled.prompts.config))
+        frequencies = jnp.broadcast_to(one[None, :], (cache.layers, one.shape[0]))
 
         def of_layer(layer):
             bare_q, q = window.bare_q[layer, :, :, -1], window.q[layer, :, :, -1]

@@ -8,46 +8,67 @@ import pytest
 
 import train.loop
 from recycled_jax.cca import CCA
+from recycled_jax.hf import save_hf
 from recycled_jax.model import Llama
+from recycled_jax.tokenizer import load_tokenizer
 from tests.train import tiny_run
-from tests.train.test_step import ADAMW, CONFIG, ONE, STEPS, batch
+from tests.train.test_step import ADAMW, CONFIG, STEPS, batch
 from train.__main__ import parse
-from train.config import Mesh
-from train.step import init_state, make_mesh, make_optimizer, make_train_step
+from train.config import Mesh, ModelSizes, TrainConfig
+from train.step import init_state, loss_and_metrics, make_mesh, make_optimizer, make_train_step
 
 
-def losses(mesh, rule: CCA) -> list[float]:
-    """On a batch that is seen again and again."""
-    model = Llama(CONFIG, attention=rule)
-    optimizer = make_optimizer(ADAMW, CONFIG, STEPS)
+def test_it_learns_on_eight_devices_from_the_loss_that_one_computes():
+    model, mesh = Llama(CONFIG, attention=CCA(group=4, window=6)), make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    optimizer, again = make_optimizer(ADAMW, CONFIG, STEPS), batch()
     state, step = init_state(model, optimizer, mesh, seed=0), make_train_step(model, optimizer, mesh)
+    one_computes, _ = jax.jit(loss_and_metrics, static_argnums=0)(model, jax.device_get(state.params), again)
     history = []
     for _ in range(STEPS):
-        state, metrics = step(state, batch())
-        history.append(float(jax.device_get(metrics.loss)))
-    return history
+        state, metrics = step(state, again)
+        history.append(float(metrics.loss))
+    assert history[0] == pytest.approx(float(one_computes), rel=1e-5)
+    assert history[-1] < 0.5 * history[0]
 
 
-def test_it_learns_and_eight_devices_compute_what_one_does():
-    found = losses(ONE, CCA(group=4, window=6))
-    assert found[-1] < 0.5 * found[0]
-    np.testing.assert_allclose(losses(make_mesh(Mesh(data=2, fsdp=2, tensor=2)), CCA(4, 6)), found, rtol=1e-4)
-    full = losses(ONE, CCA(group=4, window=24))  # of 24 tokens
-    assert abs(full[-1] - found[-1]) > 1e-3 * found[-1]
+@pytest.fixture
+def first_step(monkeypatch):
+    """Begins a run, and gives its model and the state that its first step is given."""
+
+    def begin(config: TrainConfig):
+        found = []
+
+        def make(model, *rest):
+            def step(state, batch):
+                found.extend((model, jax.device_get(state)))
+                raise KeyboardInterrupt
+
+            return step
+
+        monkeypatch.setattr(train.loop, "make_train_step", make)
+        with pytest.raises(KeyboardInterrupt):
+            train.loop.train(config)
+        return found
+
+    return begin
 
 
-def test_a_run_trains_what_its_config_says(tmp_path, monkeypatch):
-    config = tiny_run.config(tmp_path)
-    (tmp_path / "run.yaml").write_text("model: {cca: {group: 4, window: 12}}\n")
-    cca = parse(["--config", str(tmp_path / "run.yaml")]).model.cca
-    assert cca == CCA(group=4, window=12)
-    trained = []
+def test_a_run_tunes_a_checkpoint_as_its_config_says(tmp_path, tokenizer, first_step):
+    ids = tokenizer.get_vocab()
+    sizes = dataclasses.replace(CONFIG, vocab=len(ids), tie_embeddings=True, eos_ids=(ids["</s>"],), init_std=0.1)
+    params = jax.jit(Llama(sizes).init)(jax.random.key(5), np.zeros((1, 1), np.int32))
+    save_hf(tmp_path / "start", Llama(sizes), params, tokenizer=tokenizer)
+    (tmp_path / "run.yaml").write_text(f"model: {{start: {tmp_path / 'start'}, cca: {{group: 4, window: 12}}}}\n")
+    asked = parse(["--config", str(tmp_path / "run.yaml")]).model
+    model, state = first_step(dataclasses.replace(tiny_run.config(tmp_path), model=asked))
+    assert model.attention == CCA(group=4, window=12)
+    assert (model.config.layers, model.config.vocab) == (sizes.layers, sizes.vocab)
+    assert jax.tree.all(jax.tree.map(np.array_equal, state.params, params))
+    assert int(state.step) == 0
+    ours, theirs = (load_tokenizer(tmp_path / folder)("apple is 12") for folder in ("run/tokenizer", "start"))
+    assert ours["input_ids"] == theirs["input_ids"]
 
-    def stop(model, *rest):
-        trained.append(model.attention)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.loop, "make_train_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.loop.train(dataclasses.replace(config, model=dataclasses.replace(config.model, cca=cca)))
-    assert trained == [cca]
+def test_a_checkpoint_tells_the_sizes():
+    with pytest.raises(ValueError, match="layers=2 is told by the checkpoint model"):
+        ModelSizes(start="there", layers=2)

@@ -112,6 +112,9 @@ class Noting(Method):
     def begin(self, prefilled, *, implementation):
         return self.method.begin(prefilled, implementation=implementation)
 
+    def corrected(self, state, cache, *, implementation):
+        return self.method.corrected(state, cache, implementation=implementation)
+
     def before_layers(self, state, cache):
         return self.method.before_layers(state, cache)
 

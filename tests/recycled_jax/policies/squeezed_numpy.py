@@ -63,6 +63,7 @@ class NumpySqueezed(NumpyPolicy):
         self.observed: dict[int, tuple[Layer, list[np.ndarray]]] = {}
         self.selected: dict[int, list[list[list[int]]]] = {}
         self.overflow: dict[int, int] = {}
+        self.margin = math.inf  # of the closest decision in any clustering
 
     def after_prompt(self, layer):
         self.selected[layer.number], self.overflow[layer.number] = [], 0
@@ -92,7 +93,8 @@ class NumpySqueezed(NumpyPolicy):
         number = min(max(1, self.clustered // size), len(keys))
         directions = keys / np.linalg.norm(keys, axis=1)[:, None]
         start = directions[spread(directions, self.draws(number))]
-        labels = lloyd(directions, start, self.iterations)[1]
+        _, labels, margin = lloyd(directions, start, self.iterations)
+        self.margin = min(self.margin, margin)
         return labels, [[t for t, label in enumerate(labels) if label == c] for c in range(number)]
 
     def scores(self, levels: list[Level], queries: Sequence[np.ndarray], kept=None) -> list[np.ndarray]:

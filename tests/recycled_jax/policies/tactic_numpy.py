@@ -32,6 +32,7 @@ class NumpyTactic(NumpyPolicy):
         self.clusters: dict[int, list[tuple[np.ndarray, list[int]]]] = {}  # [layer][kv head]: centroids, labels
         self.selected: dict[int, list[list[list[int]]]] = {}
         self.overflow: dict[int, int] = {}
+        self.margin = math.inf  # of the closest decision in any clustering
 
     def after_prompt(self, layer):
         self.selected[layer.number], self.overflow[layer.number] = [], 0
@@ -43,7 +44,9 @@ class NumpyTactic(NumpyPolicy):
         self.clusters[layer.number] = []
         for head in range(layer.config.kv_heads):
             keys = np.array([key[head] for key in layer.k])
-            self.clusters[layer.number].append(lloyd(keys, keys[slots], self.iterations))
+            centroids, labels, margin = lloyd(keys, keys[slots], self.iterations)
+            self.clusters[layer.number].append((centroids, labels))
+            self.margin = min(self.margin, margin)
 
     def attention(self, layer, step):
         if step % self.recluster == 0:

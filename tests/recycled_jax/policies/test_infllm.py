@@ -65,7 +65,7 @@ def test_a_budget_above_the_length_is_full_attention():
 def test_a_row_of_a_batch_is_the_row_alone():
     policy, rows = infllm(13, **KNOBS), prompts(32, 7, 21, 1)
     together, _ = run(policy, rows, NEW, ALL_SHARE)
-    for row in (1, 2):
+    for row in (0, 2):
         alone, _ = run(policy, [rows[row]], NEW, ALL_SHARE)
         assert alone.tokens == [together.tokens[row]]
 

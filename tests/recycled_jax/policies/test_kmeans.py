@@ -57,7 +57,7 @@ def test_equals_numpy(rows, seed, spread):
             else:
                 places = best(draws[:length].tolist(), clusters)
             np.testing.assert_array_equal(start[row, head, :clusters], points[row, head, places])
-            centroids, labels = kmeans_numpy.lloyd(exact, exact[places], iterations=10)
+            centroids, labels, _ = kmeans_numpy.lloyd(exact, exact[places], iterations=10)
             np.testing.assert_array_equal(got.labels[row, head], labels + [-1] * (SLOTS - length))
             np.testing.assert_allclose(got.centroids[row, head, :clusters], centroids, rtol=1e-4, atol=1e-5)
             np.testing.assert_array_equal(got.counts[row, head], np.bincount(labels, minlength=CLUSTERS))

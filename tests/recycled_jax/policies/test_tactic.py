@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from recycled_jax.frame import Here
 from recycled_jax.policies.kmeans import draws
@@ -28,11 +28,19 @@ def starts(length: int, clusters: int) -> list[int]:
     return best(RANDOM[:length], clusters)
 
 
+def decided(numpy_policy, row, config) -> bool:
+    """Whether float32 clusters the keys as float64 does: no key is ever midway between two centroids."""
+    NumpyLlama(config, tiny_model(config)[1], numpy_policy).generate(row, NEW)
+    return numpy_policy.margin > 1e-5
+
+
 @pytest.mark.parametrize(("config", "knobs"), [(ONE_TO_ONE, ONE), (ALL_SHARE, ALL)], ids=["group 1", "group 4"])
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(lengths=st.tuples(st.integers(49, 64), st.integers(1, 64), st.integers(1, 64)))
 def test_equals_the_oracle(config, knobs, lengths):
-    assert_equals_oracle(tactic(**knobs), lambda: NumpyTactic(starts=starts, **knobs), prompts(*lengths), NEW, config)
+    rows = prompts(*lengths)
+    assume(all(decided(NumpyTactic(starts=starts, **knobs), row, config) for row in rows))
+    assert_equals_oracle(tactic(**knobs), lambda: NumpyTactic(starts=starts, **knobs), rows, NEW, config)
 
 
 def test_counts_what_the_cap_leaves_out():

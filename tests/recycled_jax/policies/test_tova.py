@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recycled_jax.decode import begin
-from recycled_jax.frame import Here
+from recycled_jax.frame import Here, RecyclingState
 from recycled_jax.generate import read
 from recycled_jax.policies.snapkv import WindowScorer, snapkv
 from recycled_jax.policies.tova import tova
@@ -38,7 +38,7 @@ def test_equals_the_oracle(config, protect_self, lengths, k):
 def first_cut(policy, prefilled) -> list[list[set[int]]]:
     """By layer and row, what is left of the prompt; of one kv head, for that is all there is."""
     kept = jax.jit(begin, static_argnums=0)(policy, prefilled).kept
-    positions = kept.selection.positions if hasattr(kept, "selection") else kept.positions
+    positions = kept.selection.positions if isinstance(kept, RecyclingState) else kept.positions
     return [[{int(slot) for slot in row[0] if slot >= 0} for row in layer] for layer in np.asarray(positions)]
 
 

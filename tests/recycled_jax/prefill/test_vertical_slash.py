@@ -72,6 +72,11 @@ def test_a_pattern_by_hand():
     columns, slashes = vertical_slash(columns=2, slashes=3, window=2, sinks=1, recent=1).pattern(chunk, cache)
     assert np.flatnonzero(columns[0, 0]).tolist() == [0, 1]
     assert np.flatnonzero(slashes[0, 0]).tolist() == [0, 3, 4]
+    # With the largest key in slot 0, they find it at distances 4 and 5: as much at either, so that the nearer one wins.
+    keys = keys[:, :, jnp.array([1, 0, 2, 3, 4, 5])]
+    cache = from_heads("head_major", keys, keys)
+    _, slashes = vertical_slash(columns=2, slashes=2, window=2, sinks=1, recent=1).pattern(chunk, cache)
+    assert np.flatnonzero(slashes[0, 0]).tolist() == [0, 4]
 
 
 def test_forced_places_count_and_the_nearest_stay():
