@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import KVCache, chunk_scores, prefill_attention
 from recycled_jax import rope
 from recycled_jax.config import LlamaConfig
-from recycled_jax.frame.method import Attended, Here, LayerTrace, Method, Token, slots_held
+from recycled_jax.frame.method import Attended, Axes, Here, LayerTrace, Method, Token, in_words, slots_held
 from recycled_jax.frame.prompt import PrefillAttention, PromptChunk
 from recycled_jax.policies.policy import Policy
 from recycled_jax.prefill.attention import attend_blocks, by_kv_head, gather_slots
@@ -213,6 +213,10 @@ class LongHeads(Method):
     """The present token chooses its chunks in every layer, at every step."""
 
     choice: ChunkChoice
+
+    @property
+    def axes(self):
+        return Axes("chunk summaries", in_words(self.choice), "every-step, and in the prompt")
 
     @property
     def prefill(self) -> LongHeadsPrefill:

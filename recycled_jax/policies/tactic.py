@@ -13,7 +13,7 @@ from pallas_kernels import KVCache, gather_attention, select_tokens
 from pallas_kernels.ops.gather_selection.xla import gather_heads
 from pallas_kernels.ops.one_query import softmax_weights
 from recycled_jax.frame import Attended, Axes, Here, LayerTrace, Method
-from recycled_jax.frame.method import Axes, slots_held
+from recycled_jax.frame.method import slots_held
 from recycled_jax.policies import kmeans
 from recycled_jax.policies.policy import Policy
 from recycled_jax.policies.top_p import mass_before
