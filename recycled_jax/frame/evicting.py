@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import HeadMajor, selection_attention
-from recycled_jax.frame.method import Attended, Here, LayerTrace, Method, slots_held
+from recycled_jax.frame.method import Attended, Axes, Here, LayerTrace, Method, in_words, slots_held
 from recycled_jax.frame.prompt import LastQueries, Observer, Prefilled
 from recycled_jax.frame.scorers import GroupReduction
 
@@ -79,6 +79,10 @@ class Evicting(Method):
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k={self.k} must be at least 1: the current token is always read")
+
+    @property
+    def axes(self):
+        return Axes("attention so far", f"all but one of k={self.k}, by {in_words(self.rule)}", "every-step")
 
     @property
     def observers(self):

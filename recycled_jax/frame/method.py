@@ -88,9 +88,9 @@ class Method(ABC):
     """
 
     @property
+    @abstractmethod
     def axes(self) -> Axes:
         """What it is, for those who read about it."""
-        return Axes(in_words(self), "its own", "its own")
 
     @property
     def observers(self) -> tuple[Observer, ...]:

@@ -82,6 +82,16 @@ class AttentionScorer(Scorer):
 
 
 @dataclass(frozen=True)
+class FirstHeadScorer(Scorer):
+    """The softmax probability that the first query head of each kv head gives a slot; the others are not asked
+    (Recycled Attention, arXiv 2411.05787v1)."""
+
+    def score(self, token, cache, state, here):
+        first = token.q[:, :: token.q.shape[1] // cache.kv_heads]
+        return token_scores(first, cache, here.lengths, **here.to_op)
+
+
+@dataclass(frozen=True)
 class RecencyScorer(Scorer):
     """The later, the more relevant; reads nothing (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453)."""
 

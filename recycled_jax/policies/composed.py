@@ -27,7 +27,7 @@ def composed(
     chosen: Selector = make_part("selector", SELECTORS, selector)
     fitting = _fit(make_part("scorer", SCORERS, scorer), chosen)
     if isinstance(fitting, QueryHeadScorer) and not (isinstance(chosen, TopK) and chosen.shared):
-        raise ValueError("policy.scorer.name='query-heads' gives scores of every query head; set policy.selector.shared")
+        raise ValueError("policy.scorer.name='query-heads' scores every query head; set policy.selector.shared")
     when, plan = make_part("schedule", SCHEDULES, schedule), make_layers(layers or {})
     if when is None:
         if isinstance(chosen, TopK) and chosen.tail:

@@ -6,6 +6,7 @@ from typing import Any
 
 from recycled_jax.frame import (
     AttentionScorer,
+    FirstHeadScorer,
     FixedStride,
     LayerPlan,
     Never,
@@ -31,6 +32,7 @@ def every_step() -> None:
 
 SCORERS: dict[str, Callable[..., Scorer]] = {
     "attention": AttentionScorer,
+    "first-head": FirstHeadScorer,
     "query-heads": QueryHeadScorer,
     "window": WindowScorer,
     "int8": Int8Scorer,

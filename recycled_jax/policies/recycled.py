@@ -2,6 +2,7 @@
 
 from recycled_jax.frame import (
     AttentionScorer,
+    FirstHeadScorer,
     FixedStride,
     GroupReduction,
     QueryCheck,
@@ -24,6 +25,12 @@ def recycled(
     """Recycled Attention / RefreshKV with a fixed stride: every `stride` steps all layers score the cache anew, the
     steps between read only the `k` slots selected then (Xu, Goyal, Choi, arXiv 2411.05787)."""
     return Policy("recycled", Recycling(AttentionScorer(group_reduction), TopK(k, pool), FixedStride(stride), refresh))
+
+
+def recycled_v1(k: int = 4096, stride: int = 50, refresh: RefreshAttention = "full") -> Policy:
+    """Recycled Attention as first published: `recycled` by the first query head of each kv head alone, without pooling
+    (Xu, Goyal, Choi, arXiv 2411.05787v1)."""
+    return Policy("recycled-v1", Recycling(FirstHeadScorer(), TopK(k), FixedStride(stride), refresh))
 
 
 def recycled_dynamic(

@@ -15,7 +15,7 @@ from recycled_jax.policies.long_heads import long_heads
 from recycled_jax.policies.policy import Policy
 from recycled_jax.policies.quest import quest
 from recycled_jax.policies.random_slots import random_slots
-from recycled_jax.policies.recycled import recycled, recycled_dynamic
+from recycled_jax.policies.recycled import recycled, recycled_dynamic, recycled_v1
 from recycled_jax.policies.recycled_tidal import recycled_tidal
 from recycled_jax.policies.snapkv import snapkv
 from recycled_jax.policies.squeezed import squeezed
@@ -33,6 +33,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     # recycling over steps, over layers, over both, and per head from chunks
     "recycled": recycled,
     "recycled-dynamic": recycled_dynamic,
+    "recycled-v1": recycled_v1,
     "tidal": tidal,
     "recycled-tidal": recycled_tidal,
     "long-heads": long_heads,

@@ -11,30 +11,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import KVCache
 from recycled_jax import rope
 from recycled_jax.config import LlamaConfig
-from recycled_jax.frame import Never, Observer, RecencyScorer, Recycling, RecyclingState, TopK
+from recycled_jax.frame import Never, RecencyScorer, Recycling, RecyclingState, TopK
 from recycled_jax.frame.method import Here, Method
 from recycled_jax.policies.policy import Policy
 
 # `true`: where tokens stood. `shifted`: where they stand in the cache, as if what was evicted had never been.
 Positions = Literal["true", "shifted"]
-
-
-@struct.dataclass
-class ConfigSeen:
-    """No arrays: the model's configuration, for the frequencies of its rotation."""
-
-    config: LlamaConfig = struct.field(pytree_node=False)
-
-
-@dataclass(frozen=True)
-class SeeConfig(Observer):
-    """Hands the model's configuration to a method's `begin`."""
-
-    def start(self, config, *, batch, capacity, dtype):
-        return ConfigSeen(config)
-
-    def observe(self, seen, chunk, cache):
-        return seen
 
 
 @struct.dataclass
@@ -60,8 +42,12 @@ class ShiftedSinks(Method):
             raise ValueError("sinks=0 leaves nothing to shift; use positions='true'")
 
     @property
+    def axes(self):
+        return self.recycling.axes
+
+    @property
     def observers(self):
-        return (*self.recycling.observers, SeeConfig())
+        return self.recycling.observers
 
     @property
     def keeps_cache(self):
@@ -74,7 +60,7 @@ class ShiftedSinks(Method):
         sinks = jax.lax.fori_loop(
             0, cache.layers, lambda layer, to: to.write(layer, 0, *cache.block(layer, 0, sinks.capacity)), sinks
         )
-        return ShiftedState(state, sinks, prefilled.prompts.seen(SeeConfig()).config)
+        return ShiftedState(state, sinks, prefilled.prompts.config)
 
     def before_layers(self, state, cache):
         return self.recycling.before_layers(state.recycling, cache)

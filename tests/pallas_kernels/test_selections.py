@@ -122,9 +122,7 @@ def test_gather_attention_is_gather_then_attend(implementation, layout, heads, s
 @by_name("spec", ARG_SPECS)
 @pytest.mark.parametrize("group_reduction", ["max", "none"])
 @pytest.mark.parametrize(("implementation", "layout"), WITH_SCORES)
-def test_selection_attention_gives_scores_of_entries(
-    implementation, layout, group_reduction, spec, getkey
-):
+def test_selection_attention_gives_scores_of_entries(implementation, layout, group_reduction, spec, getkey):
     """As `decode_attention` does of a cache that holds the valid entries alone."""
     args = cache_arguments(spec, getkey)
     valid = jnp.arange(spec.tokens)[None, None, :] < args.lengths[:, None, None]

@@ -44,6 +44,7 @@ def final_state(policy: Policy, rows=RAGGED, *, steps: int = NEW - 1, nested: bo
         ("recycled", {"k": 8, "stride": 4}),
         ("recycled", {"k": 8, "stride": 3, "refresh": "selection"}),
         ("recycled", {"k": 16, "stride": 16, "pool": 1}),
+        ("recycled-v1", {"k": 8, "stride": 4}),
         ("recycled-dynamic", {"k": 8, "stride": 2, "threshold": 0.6}),
         ("recycled-dynamic", {"k": 12, "stride": 3, "threshold": 0.2, "max_stride": 7}),
     ],
@@ -60,7 +61,8 @@ def test_equals_numpy_refreshkv_on_a_ragged_batch(name, knobs):
             stride=knobs["stride"],
             threshold=knobs.get("threshold"),
             max_stride=knobs.get("max_stride", knobs["k"] - 1),
-            pool=knobs.get("pool", 7),
+            pool=1 if name == "recycled-v1" else knobs.get("pool", 7),
+            heads=1 if name == "recycled-v1" else None,
             refresh=knobs.get("refresh", "full"),
         )
         assert result.tokens[row] == NumpyLlama(CONFIG, params, oracle).generate(prompt, NEW)

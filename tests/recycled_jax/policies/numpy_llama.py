@@ -37,7 +37,7 @@ class Layer:
         return softmax(self.logits(q, query_head, slots))
 
     def attend(self, q: np.ndarray, slots_of_heads: Sequence[Sequence[int]]) -> np.ndarray:
-        """Attention of the queries [query_heads, head_dim] over the slots of their kv heads, as [query_heads, head_dim]."""
+        """Attention of the queries over the slots of their kv heads, both [query_heads, head_dim]."""
         out = np.zeros((self.config.query_heads, self.config.head_dim))
         for query_head in range(self.config.query_heads):
             head = query_head // self.config.group

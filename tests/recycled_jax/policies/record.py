@@ -95,6 +95,10 @@ class Noting(Method):
     method: Method
 
     @property
+    def axes(self):
+        return self.method.axes
+
+    @property
     def observers(self):
         return self.method.observers
 

@@ -7,11 +7,11 @@ from tests.recycled_jax.policies.numpy_llama import Layer, NumpyPolicy, best
 
 class NumpyRefreshKV(NumpyPolicy):
     """`threshold` None: fixed stride, otherwise the query check. A buffer of k slots per kv head, weakest first, None
-    where empty."""
+    where empty. `heads`: how many query heads of a group are asked, the first ones; None for all."""
 
-    def __init__(self, *, k, stride, threshold=None, max_stride=None, pool=7, refresh="full"):
+    def __init__(self, *, k, stride, threshold=None, max_stride=None, pool=7, refresh="full", heads=None):
         self.k, self.stride, self.threshold, self.max_stride = k, stride, threshold, max_stride
-        self.pool, self.refresh = pool, refresh
+        self.pool, self.refresh, self.heads = pool, refresh, heads
         self.buffers: dict[int, list[list[int | None]]] = {}
         self.steps_since: dict[int, int] = {}
         self.query: dict[int, np.ndarray] = {}
@@ -50,7 +50,7 @@ class NumpyRefreshKV(NumpyPolicy):
         for head in range(layer.config.kv_heads):
             rows = [
                 layer.probabilities(layer.q[-1][query_head], query_head, range(layer.length))
-                for query_head in range(head * group, (head + 1) * group)
+                for query_head in range(head * group, head * group + (self.heads or group))
             ]
             past = np.max(rows, axis=0)[:-1]  # the present token is forced: no candidate, and not pooled
             reach = self.pool // 2

@@ -135,6 +135,16 @@ def test_gradient_is_that_of_finite_differences_in_numpy(monkeypatch):
         assert np.sum(gradient * direction) == pytest.approx((moved(1e-5) - moved(-1e-5)) / 2e-5, rel=1e-4)
 
 
+def test_memory_for_the_gradient_grows_with_the_tokens_and_not_with_their_square():
+    def temporaries(tokens: int) -> int:
+        q, k, v = (jnp.zeros((1, heads, tokens, 8)) for heads in (4, 2, 2))
+        angles = rope.angles(CONFIG, jnp.arange(tokens)[None])
+        gradient = jax.jit(jax.grad(lambda q, k, v: jnp.sum(CCA(16, 64)(q, k, v, angles)), (0, 1, 2)))
+        return gradient.lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2048) <= 2 * temporaries(1024)
+
+
 @settings(max_examples=30)
 @given(group=st.integers(1, 9), window=st.integers(1, 12))
 def test_every_token_of_the_past_is_seen_once(group, window):

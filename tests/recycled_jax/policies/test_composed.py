@@ -123,7 +123,7 @@ def test_scores_of_slots_rank_pages_by_their_best_slot():
             {"selector": {"name": "top-pages", "k": 32, "page": 16}, "schedule": {"name": "fixed", "stride": 3}},
             "'top-pages' gives no order of eviction",
         ),
-        ({"scorer": {"name": "query-heads"}, "selector": TOP_8}, "gives scores of every query head; set policy.selector"),
+        ({"scorer": {"name": "query-heads"}, "selector": TOP_8}, "scores every query head; set policy.selector.shared"),
         (
             {"selector": {**TOP_8, "tail": 3}, "schedule": {"name": "every-step"}},
             "policy.selector.tail=3 has no use where every step selects",
