@@ -41,7 +41,7 @@ def weighted_values(
 def reduce_group(
     probabilities: Float[Array, "batch kv_heads group slots"], group_reduction: str
 ) -> Float[Array, "batch heads slots"]:
-    """Probabilities of a kv head's query heads as one score per slot: max, mean or sum; with "none", each has its own."""
+    """Probabilities of a kv head's query heads as one score per slot: max, mean, sum; with "none", each has its own."""
     if group_reduction == PER_QUERY_HEAD:
         return probabilities.reshape(probabilities.shape[0], -1, probabilities.shape[-1])
     return getattr(jnp, group_reduction)(probabilities, axis=2)
