@@ -5,6 +5,7 @@ from collections.abc import Callable
 from recycled_jax.named import make
 from recycled_jax.policies.act_qkv import act_qkv
 from recycled_jax.policies.attention_predictor import attention_predictor
+from recycled_jax.policies.cca import cca
 from recycled_jax.policies.composed import composed
 from recycled_jax.policies.double_sparse import double_sparse
 from recycled_jax.policies.full import full
@@ -52,6 +53,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "act-qkv": act_qkv,
     "attention-predictor": attention_predictor,
     "less-is-more": less_is_more,
+    # for models that were trained with it
+    "cca": cca,
     # references
     "top-k": top_k,
     "top-p": top_p,
