@@ -9,8 +9,9 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
 
 # jax reads the variables above when it is imported, and the hook rewrites only modules imported after it.
+import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import jax
@@ -29,3 +30,12 @@ def getkey() -> Callable[[], jax.Array]:
     """A function whose every call gives another PRNG key: the same sequence of keys in every test and run."""
     seeds = itertools.count()
     return lambda: jax.random.key(next(seeds))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_compiled_programs() -> Iterator[None]:
+    """Each program compiled for a CPU holds some mappings of memory, of which a process has 65,530 (Linux): those of a
+    module go with it, or the compiler crashes somewhere in the thousands."""
+    yield
+    jax.clear_caches()
+    gc.collect()
