@@ -51,7 +51,7 @@ def test_every_policy_answers_the_same_questions_and_an_interrupted_run_goes_on(
     assert sorted(json.dumps(row) for row in rows) == sorted(json.dumps(row) for row in again)
     with pytest.raises(ValueError, match=r"holds results of .*; expected"):
         quality.evaluate(out, book, policies=["full"], **options | {"length": 400})
-    with pytest.raises(ValueError, match="policies has 'ful'; expected some of full, recycled"):
+    with pytest.raises(ValueError, match="policies has 'ful'; expected some of full, top-k"):
         quality.evaluate(out, book, policies=["ful"], **options)
 
 
