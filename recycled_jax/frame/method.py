@@ -172,6 +172,14 @@ def dense_trace(lengths: Int[Array, " batch"], active: Bool[Array, " batch"]) ->
     return LayerTrace(active, active, nothing, nothing, lengths.astype(jnp.float32), jnp.zeros(active.shape), nothing)
 
 
+def selecting_trace(
+    positions: Int[Array, "batch heads entries"], scored: Float[Array, " batch"], here: Here
+) -> LayerTrace:
+    """Of a layer that has selected anew and attended its selection."""
+    nothing = jnp.full(here.lengths.shape, jnp.nan)
+    return LayerTrace(here.active, here.active, nothing, nothing, slots_held(positions), scored, nothing)
+
+
 def slots_held(positions: Int[Array, "batch heads entries"]) -> Float[Array, " batch"]:
     """Entries in use, mean over the heads."""
     return jnp.mean(jnp.sum(positions >= 0, axis=-1), axis=-1)

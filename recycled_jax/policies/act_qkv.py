@@ -8,8 +8,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from recycled_jax.frame import Attended, Axes, Method
-from recycled_jax.frame.method import in_words
-from recycled_jax.policies.infllm import BlockMemory, Blocks, Representatives, attend_and_weigh, selecting_trace
+from recycled_jax.frame.method import in_words, selecting_trace
+from recycled_jax.policies.infllm import BlockMemory, Blocks, Representatives, attend_and_weigh, representatives_read
 from recycled_jax.policies.policy import Policy
 
 
@@ -105,7 +105,9 @@ class ActQKV(Method):
             output, probabilities = attend_and_weigh(token.q, cache, positions, here.layer)
             memory = self.representatives.receive(memory, probabilities, positions, here)
         state = self._sample(ActMemory(memory, state.entropies, state.taken), scores, here)
-        return Attended(output, state, handed, selecting_trace(positions, reps, cache, here), positions)
+        return Attended(
+            output, state, handed, selecting_trace(positions, representatives_read(reps, cache, here), here), positions
+        )
 
     def _sample(self, state: ActMemory, scores: Float[Array, "batch blocks"], here) -> ActMemory:
         """One more entropy, from rows with at least two blocks to choose from."""

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from safetensors.numpy import load_file
 
 from pallas_kernels import KVCache, token_scores
-from recycled_jax.frame import Attended, Axes, Here, LastQueries, LayerPlan, LayerTrace, Method
-from recycled_jax.frame.method import in_words, layers_in_words, slots_held
+from recycled_jax.frame import Attended, Axes, Here, LastQueries, LayerPlan, Method
+from recycled_jax.frame.method import in_words, layers_in_words, selecting_trace
 from recycled_jax.policies.infllm import Blocks, attend_and_weigh
 from recycled_jax.policies.policy import Policy
 
@@ -181,10 +181,8 @@ class AttentionPredictor(Method):
         row = lax.cond(calibrates, exact, found)
         pushed = jnp.concatenate([history[:, :, 1:], row[:, :, None]], axis=2)
         state = state.at[here.layer].set(jnp.where(here.active[:, None, None, None], pushed, history))
-        nothing = jnp.full(here.lengths.shape, jnp.nan)
         scored = jnp.where(calibrates, here.lengths.astype(jnp.float32), 0.0)
-        trace = LayerTrace(here.active, here.active, nothing, nothing, slots_held(positions), scored, nothing)
-        return Attended(output, state, handed, trace, positions)
+        return Attended(output, state, handed, selecting_trace(positions, scored, here), positions)
 
     def _exact(
         self, q: Float[Array, "batch query_heads head_dim"], cache: KVCache, lengths: Int[Array, " batch"], **to_op: Any

@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import KVCache
-from recycled_jax.frame import Attended, Axes, Here, LayerTrace, Method, Observer, PromptChunk, Token
-from recycled_jax.frame.method import in_words, slots_held
+from recycled_jax.frame import Attended, Axes, Here, Method, Observer, PromptChunk, Token
+from recycled_jax.frame.method import in_words, selecting_trace
 from recycled_jax.policies.policy import Policy
 
 _QUERIES_AT_ONCE = 64  # of a prompt's chunk, so that no array of chunk × capacity is made
@@ -266,20 +266,16 @@ class InfLLM(Method):
         with jax.named_scope("attention/selection"):
             output, probabilities = attend_and_weigh(token.q, cache, positions, here.layer)
             state = self.representatives.receive(state, probabilities, positions, here)
-        return Attended(output, state, handed, selecting_trace(positions, reps, cache, here), positions)
+        return Attended(
+            output, state, handed, selecting_trace(positions, representatives_read(reps, cache, here), here), positions
+        )
 
 
-def selecting_trace(
-    positions: Int[Array, "batch heads entries"],
-    reps: Float[Array, "batch query_heads blocks head_dim"],
-    cache: KVCache,
-    here: Here,
-) -> LayerTrace:
-    """Of a step that reads all the representatives and then the selection."""
-    nothing = jnp.full(here.lengths.shape, jnp.nan)
-    # one vector per block and query head
-    scored = jnp.full(here.lengths.shape, float(reps.shape[1] * reps.shape[2] / cache.kv_heads))
-    return LayerTrace(here.active, here.active, nothing, nothing, slots_held(positions), scored, nothing)
+def representatives_read(
+    reps: Float[Array, "batch query_heads blocks head_dim"], cache: KVCache, here: Here
+) -> Float[Array, " batch"]:
+    """What reading all representatives is worth, in slots of keys: one vector per block and query head."""
+    return jnp.full(here.lengths.shape, float(reps.shape[1] * reps.shape[2] / cache.kv_heads))
 
 
 def infllm(k: int = 6272, block: int = 128, sinks: int = 128, recent: int = 4096, representatives: int = 4) -> Policy:

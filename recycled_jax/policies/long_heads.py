@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import KVCache, chunk_scores, prefill_attention
 from recycled_jax import rope
 from recycled_jax.config import LlamaConfig
-from recycled_jax.frame.method import Attended, Axes, Here, LayerTrace, Method, Token, in_words, slots_held
+from recycled_jax.frame.method import Attended, Axes, Here, Method, Token, in_words, selecting_trace
 from recycled_jax.frame.prompt import PrefillAttention, PromptChunk
 from recycled_jax.policies.policy import Policy
 from recycled_jax.prefill.attention import attend_blocks, by_kv_head, gather_slots
@@ -239,19 +239,10 @@ class LongHeads(Method):
         with jax.named_scope("attention/selection"):
             output = attend_from(memory.config, token.bare_q, cache, jnp.where(visible, slots, -1), seen_from, here)
         positions = jnp.where(visible, slots, -1).reshape(*chunks.shape[:2], -1)
-        nothing = jnp.full(here.lengths.shape, jnp.nan)
         # one summary per query head, and what goes into a new one
         scored = self._candidates(here) * memory.config.group * (memory.summaries.dtype.itemsize / cache.dtype.itemsize)
         scored += jnp.where(here.lengths % self.choice.chunk == 0, 2.0 * self.choice.chunk, 0.0)
-        trace = LayerTrace(
-            requested=here.active,
-            refreshed=here.active,
-            similarity=nothing,
-            overlap=nothing,
-            attended=slots_held(positions),
-            scored=scored,
-            coverage=nothing,
-        )
+        trace = selecting_trace(positions, scored, here)
         return Attended(output, memory, handed, trace, positions)
 
     def _candidates(self, here: Here) -> Int[Array, " batch"]:

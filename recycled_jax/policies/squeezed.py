@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import KVCache, gather_attention
-from recycled_jax.frame import Attended, LastQueries, LayerTrace, Method
-from recycled_jax.frame.method import Axes, slots_held
+from recycled_jax.frame import Attended, LastQueries, Method
+from recycled_jax.frame.method import Axes, selecting_trace
 from recycled_jax.policies import kmeans
 from recycled_jax.policies.policy import Policy
 from recycled_jax.policies.tactic import capped
@@ -192,9 +192,7 @@ class Squeezed(Method):
         with jax.named_scope("attention/selection"):
             output = gather_attention(token.q, cache, positions, **here.to_op)
         state = dataclasses.replace(state, overflow=state.overflow.at[here.layer].add(left_out))
-        nothing = jnp.full(here.lengths.shape, jnp.nan)
-        trace = LayerTrace(here.active, here.active, nothing, nothing, slots_held(positions), scored, nothing)
-        return Attended(output, state, handed, trace, positions)
+        return Attended(output, state, handed, selecting_trace(positions, scored, here), positions)
 
     def _clusters(
         self, cache: KVCache, layer: Int[Array, ""], clustered: Int[Array, " batch"]

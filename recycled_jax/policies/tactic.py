@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import KVCache, gather_attention, select_tokens
 from pallas_kernels.ops.gather_selection.xla import gather_heads
 from pallas_kernels.ops.one_query import softmax_weights
-from recycled_jax.frame import Attended, Axes, Here, LayerTrace, Method
-from recycled_jax.frame.method import slots_held
+from recycled_jax.frame import Attended, Axes, Here, Method
+from recycled_jax.frame.method import selecting_trace
 from recycled_jax.policies import kmeans
 from recycled_jax.policies.policy import Policy
 from recycled_jax.policies.top_p import mass_before
@@ -189,9 +189,7 @@ class Tactic(Method):
         state = dataclasses.replace(state, overflow=state.overflow.at[here.layer].add(left_out))
         # every pass of the k-means reads all keys
         scored += jnp.where(anew, here.lengths * (self.clusters.iterations + 1.0), 0.0)
-        nothing = jnp.full(here.lengths.shape, jnp.nan)
-        trace = LayerTrace(here.active, here.active, nothing, nothing, slots_held(positions), scored, nothing)
-        return Attended(output, state, handed, trace, positions)
+        return Attended(output, state, handed, selecting_trace(positions, scored, here), positions)
 
     def _clustered_anew(self, state: TacticState, cache: KVCache, here: Here) -> TacticState:
         """The layer's clusters of all slots, in active rows."""

@@ -9,8 +9,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import gather_attention, select_tokens, token_scores
-from recycled_jax.frame import Attended, LayerTrace, Scorer, Selecting, Selector
-from recycled_jax.frame.method import slots_held
+from recycled_jax.frame import Attended, Scorer, Selecting, Selector
+from recycled_jax.frame.method import selecting_trace
 from recycled_jax.policies.policy import Policy
 
 
@@ -88,16 +88,7 @@ class CappedSelecting(Selecting):
             left_out = jnp.where(here.active, self.selector.left_out(scores, here.lengths), 0)
         with jax.named_scope("attention/selection"):
             output = gather_attention(token.q, cache, positions, **here.to_op)
-        nothing = jnp.full(here.lengths.shape, jnp.nan)
-        trace = LayerTrace(
-            requested=here.active,
-            refreshed=here.active,
-            similarity=nothing,
-            overlap=nothing,
-            attended=slots_held(positions),
-            scored=self.scorer.reads(here.lengths, cache),
-            coverage=nothing,
-        )
+        trace = selecting_trace(positions, self.scorer.reads(here.lengths, cache), here)
         return Attended(
             output, CappedState(scorer, state.overflow.at[here.layer].add(left_out)), positions, trace, positions
         )

@@ -88,6 +88,16 @@ def assert_equals_oracle(
         assert generation.tokens[row] == tokens
 
 
+def assert_rows_alone(
+    policy: Policy, rows: Sequence[Sequence[int]], new_tokens: int, which: Sequence[int], config: LlamaConfig
+) -> None:
+    """Each row of `which` gives in the batch what it gives by itself."""
+    together, _ = run(policy, rows, new_tokens, config)
+    for row in which:
+        alone, _ = run(policy, [rows[row]], new_tokens, config)
+        assert alone.tokens == [together.tokens[row]]
+
+
 @dataclass(frozen=True)
 class Noting(Method):
     """A method that tells what it attends."""

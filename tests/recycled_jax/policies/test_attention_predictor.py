@@ -19,7 +19,14 @@ from tests.recycled_jax.policies.attention_predictor_numpy import (
 )
 from tests.recycled_jax.policies.infllm_numpy import middle_blocks
 from tests.recycled_jax.policies.numpy_llama import NumpyPolicy, best, softmax
-from tests.recycled_jax.policies.record import ALL_SHARE, ONE_TO_ONE, assert_equals_oracle, dense_tokens, run
+from tests.recycled_jax.policies.record import (
+    ALL_SHARE,
+    ONE_TO_ONE,
+    assert_equals_oracle,
+    assert_rows_alone,
+    dense_tokens,
+    run,
+)
 from tests.recycled_jax.random_model import prompts
 
 NEW = 14
@@ -133,10 +140,7 @@ def test_a_budget_above_the_length_is_full_attention():
 
 def test_a_row_of_a_batch_is_the_row_alone():
     policy, rows = attention_predictor(13, **KNOBS, decay=0.8, dense_layers=(1,)), prompts(32, 7, 21, 1)
-    together, _ = run(policy, rows, NEW, ALL_SHARE)
-    for row in (0, 2):
-        alone, _ = run(policy, [rows[row]], NEW, ALL_SHARE)
-        assert alone.tokens == [together.tokens[row]]
+    assert_rows_alone(policy, rows, NEW, (0, 2), ALL_SHARE)
 
 
 @pytest.mark.parametrize(

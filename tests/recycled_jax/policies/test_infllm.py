@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from recycled_jax.policies.infllm import Blocks, infllm
 from tests.recycled_jax.policies.infllm_numpy import NumpyInfLLM, middle_blocks
 from tests.recycled_jax.policies.numpy_llama import NumpyPolicy, best
-from tests.recycled_jax.policies.record import ALL_SHARE, ONE_TO_ONE, assert_equals_oracle, dense_tokens, run
+from tests.recycled_jax.policies.record import (
+    ALL_SHARE,
+    ONE_TO_ONE,
+    assert_equals_oracle,
+    assert_rows_alone,
+    dense_tokens,
+    run,
+)
 from tests.recycled_jax.random_model import prompts
 
 NEW = 14
@@ -64,10 +71,7 @@ def test_a_budget_above_the_length_is_full_attention():
 
 def test_a_row_of_a_batch_is_the_row_alone():
     policy, rows = infllm(13, **KNOBS), prompts(32, 7, 21, 1)
-    together, _ = run(policy, rows, NEW, ALL_SHARE)
-    for row in (0, 2):
-        alone, _ = run(policy, [rows[row]], NEW, ALL_SHARE)
-        assert alone.tokens == [together.tokens[row]]
+    assert_rows_alone(policy, rows, NEW, (0, 2), ALL_SHARE)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

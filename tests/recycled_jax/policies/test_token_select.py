@@ -11,7 +11,14 @@ from hypothesis import given, settings
 
 from recycled_jax.policies.token_select import SoftVote, token_select
 from tests.recycled_jax.policies.numpy_llama import NumpyLlama, NumpyPolicy, best
-from tests.recycled_jax.policies.record import ALL_SHARE, ONE_TO_ONE, assert_equals_oracle, dense_tokens, run
+from tests.recycled_jax.policies.record import (
+    ALL_SHARE,
+    ONE_TO_ONE,
+    assert_equals_oracle,
+    assert_rows_alone,
+    dense_tokens,
+    run,
+)
 from tests.recycled_jax.policies.token_select_numpy import NumpyTokenSelect
 from tests.recycled_jax.random_model import CONFIG, prompts, tiny_model
 
@@ -112,10 +119,7 @@ def test_a_budget_above_the_length_is_full_attention(positions):
 
 def test_a_row_of_a_batch_is_the_row_alone():
     policy, rows = token_select(k=12, **CHECKED), prompts(32, 7, 21, 1)
-    together, _ = run(policy, rows, NEW, ALL_SHARE)
-    for row in (0, 2):
-        alone, _ = run(policy, [rows[row]], NEW, ALL_SHARE)
-        assert alone.tokens == [together.tokens[row]]
+    assert_rows_alone(policy, rows, NEW, (0, 2), ALL_SHARE)
 
 
 @pytest.mark.parametrize(
