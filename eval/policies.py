@@ -43,7 +43,7 @@ CANDIDATES: dict[str, Callable[[int], Policy]] = {
     "tidal": lambda k: make_policy("tidal", k=k, **_TWO_OF_FOUR),
     "recycled-tidal": lambda k: make_policy("recycled-tidal", k=k, stride=8, **_TWO_OF_FOUR),
     "less-is-more": lambda k: make_policy("less-is-more", k=k, **_TWO_OF_FOUR),
-    "long-heads": lambda k: make_policy("long-heads", k=k, chunk=k // 8),
+    "long-heads": lambda k: make_policy("long-heads", k=k, chunk=min(k // 8, 256)),
     "snapkv": lambda k: make_policy("snapkv", k=k, window=min(32, k // 4), tail=0),
     "snapkv, window 1": lambda k: make_policy("snapkv", k=k, window=1, pool=7, pooling="max", tail=0),
     "h2o": lambda k: make_policy("h2o", k=k),
@@ -54,13 +54,14 @@ CANDIDATES: dict[str, Callable[[int], Policy]] = {
     "double-sparse": lambda k: make_policy("double-sparse", k=k, dense_layers=()),
     "token-select": lambda k: make_policy("token-select", k=k, sinks=k // 32, recent=k // 8, max_stride=8),
     "tactic": lambda k: make_policy("tactic", k=k),
-    "squeezed": lambda k: make_policy("squeezed", k=k, window=k // 4),
+    "squeezed": lambda k: make_policy("squeezed", k=k, window=k // 4, iterations=10),
     "infllm": lambda k: make_policy("infllm", k=k, block=16, sinks=k // 32, recent=k // 4),
     "act-qkv": lambda k: make_policy("act-qkv", k=k, block=16, sinks=k // 32, recent=k // 4),
     "attention-predictor": lambda k: make_policy("attention-predictor", k=k, sinks=k // 16, recent=k // 16),
     "random": lambda k: make_policy("random", k=k, sinks=4),
 }
 SCORED = 256  # tokens of a piece of the novel whose probability counts; those before are its prompt
+STRETCH = 32  # tokens over which the figures of a piece are kept apart: later ones lie further from the prompt
 Task = Literal["single", "multikey", "chain", "novel"]
 
 
@@ -206,37 +207,46 @@ def _scores(
 def _log_probs(
     network: Llama, params: Params, prefilled: Prefilled, questions: list[Question], policy: Policy
 ) -> list[dict]:
+    """Mean negative log-likelihoods, of all tokens and of each `STRETCH` of them, and the mean attention mass on what a
+    step read."""
     follows = jnp.array([question.follows for question in questions])
-    scored = score_tokens(network, params, prefilled, follows, policy=policy)
+    scored = score_tokens(network, params, prefilled, follows, policy=policy, coverage=True)
     slots = 2 * np.asarray(scored.trace.attended) + np.asarray(scored.trace.scored)  # [steps, layers, batch]
     lengths = np.asarray(prefilled.prompts.lengths)[None, None, :] + 1 + np.arange(len(slots))[:, None, None]
     share = slots.mean(axis=(0, 1)) / (2 * lengths).mean(axis=(0, 1))
-    nll = -np.asarray(scored.log_probs, np.float64).mean(axis=1)
-    return [{"nll": float(a), "read": round(float(b), 4)} for a, b in zip(nll, share, strict=True)]
+    mass = np.asarray(scored.trace.coverage).mean(axis=(0, 1))
+    nll = -np.asarray(scored.log_probs, np.float64).reshape(len(questions), -1, STRETCH).mean(axis=2)
+    return [
+        {
+            "nll": float(nll[row].mean()),
+            "nll_by_stretch": np.round(nll[row], 5).tolist(),
+            "mass": None if np.isnan(mass[row]) else round(float(mass[row]), 4),
+            "read": round(float(share[row]), 4),
+        }
+        for row in range(len(questions))
+    ]
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """Policies with their budgets as lines, tasks as columns: percent right or perplexity, and the share of the dense
-    policy's bytes that a decode step read, mean over tasks."""
-    cells, read_shares = defaultdict(list), defaultdict(list)
+    """Policies with their budgets as lines, tasks as columns: percent right or perplexity, then means over the tasks
+    that tell them: the attention mass on what a decode step read, and the share of the dense policy's bytes."""
+    cells = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        cells[row["policy"], row["k"], row["task"]].append(row.get("score", row.get("nll")))
-        if not math.isnan(row["read"]):
-            read_shares[row["policy"], row["k"]].append(row["read"])
+        cell = cells[row["policy"], row["k"]]
+        cell[row["task"]].append(row.get("score", row.get("nll")))
+        for figure in ("mass", "read"):
+            if row.get(figure) is not None and not math.isnan(row[figure]):
+                cell[figure].append(row[figure])
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    lines = [f"| policy | k | {' | '.join(tasks)} | bytes read |", "|---" * (len(tasks) + 3) + "|"]
-    for name, k in dict.fromkeys((row["policy"], row["k"]) for row in rows):
-        told = []
-        for task in tasks:
-            values = cells.get((name, k, task))
-            if not values:
-                told.append("")
-            elif task == "novel":
-                told.append(f"{math.exp(np.mean(values)):.2f}")
-            else:
-                told.append(f"{100 * np.mean(values):.0f}")
-        share = f"{100 * np.mean(read_shares[name, k]):.0f} %" if read_shares[name, k] else ""
-        lines.append(f"| {name} | {k} | {' | '.join(told)} | {share} |")
+    titles = ["perplexity" if task == "novel" else task for task in tasks]
+    lines = [f"| policy | k | {' | '.join(titles)} | attention mass | bytes read |", "|---" * (len(tasks) + 4) + "|"]
+    for (name, k), cell in cells.items():
+        means = {of: 100 * np.mean(values) for of, values in cell.items()}
+        told = [f"{means[task]:.0f}" if task in means else "" for task in tasks]
+        if "novel" in tasks and cell["novel"]:
+            told[tasks.index("novel")] = f"{math.exp(np.mean(cell['novel'])):.1f}"
+        told += [f"{means[figure]:.0f} %" if figure in means else "" for figure in ("mass", "read")]
+        lines.append(f"| {name} | {k} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
