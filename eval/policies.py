@@ -1,10 +1,10 @@
 """Every policy on the same questions: `python -m eval.policies --out docs/policies_quality.jsonl --book NOVEL.txt`.
 
-Retrieval from long generated prose (one needle, one of eight, a chain of keys), and the perplexity of the last 256
-tokens of pieces of a novel, for budgets that are shares of the context. All policies go on from the same prefill, and
-decode the same examples. One line of JSON per example and policy, after a line that says where they come from: a run
-that was interrupted goes on where it stopped, and one of another configuration is refused. `--table` prints the
-results as Markdown.
+Retrieval from long generated prose (one needle, one of eight, a chain of keys), the perplexity of the last 256 tokens
+of pieces of a novel, and the attention mass that their steps attend, for budgets that are shares of the context. All
+policies go on from the same prefill, and decode the same examples. One line of JSON per example and policy, after a
+line that says where they come from: a run that was interrupted goes on where it stopped, and one of another
+configuration is refused. `--table` prints the results as Markdown.
 """
 
 import json
@@ -32,13 +32,19 @@ from recycled_jax.tasks.retrieval import TASKS, Example, make_example, score
 
 # As published, but for what a model of four layers and budgets of a few hundred slots ask for: no dense layers (two of
 # them would be half the model), selection layers 0 and 2, windows that are shares of the budget.
+
 _TWO_OF_FOUR = {"dense_layers": (), "selection_layers": (0, 2)}
 CANDIDATES: dict[str, Callable[[int], Policy]] = {
     "full": lambda k: make_policy("full"),
     "top-k": lambda k: make_policy("top-k", k=k),
     "top-p": lambda k: make_policy("top-p", k=k, p=0.9),
     "recycled": lambda k: make_policy("recycled", k=k, stride=8),
+    "recycled, stride 2": lambda k: make_policy("recycled", k=k, stride=2),
     "recycled, score-only": lambda k: make_policy("recycled", k=k, stride=8, refresh="selection"),
+    "recycled, int8 scores": lambda k: _cheaper_refresh({"name": "int8"}, k),
+    "recycled, page bounds": lambda k: _cheaper_refresh({"name": "page-bounds", "page": 16}, k),
+    "recycled-v1": lambda k: make_policy("recycled-v1", k=k, stride=8),
+    "stale-top-k": lambda k: make_policy("stale-top-k", k=k, delay=8, pool=7),
     "recycled-dynamic": lambda k: make_policy("recycled-dynamic", k=k, stride=4),
     "tidal": lambda k: make_policy("tidal", k=k, **_TWO_OF_FOUR),
     "recycled-tidal": lambda k: make_policy("recycled-tidal", k=k, stride=8, **_TWO_OF_FOUR),
@@ -47,7 +53,6 @@ CANDIDATES: dict[str, Callable[[int], Policy]] = {
     "snapkv": lambda k: make_policy("snapkv", k=k, window=min(32, k // 4), tail=0),
     "snapkv, window 1": lambda k: make_policy("snapkv", k=k, window=1, pool=7, pooling="max", tail=0),
     "h2o": lambda k: make_policy("h2o", k=k),
-    "h2o, normalised": lambda k: make_policy("h2o", k=k, accumulation="normalised"),
     "tova": lambda k: make_policy("tova", k=k),
     "streaming": lambda k: make_policy("streaming", k=k),
     "quest": lambda k: make_policy("quest", k=k, dense_layers=()),
@@ -58,11 +63,20 @@ CANDIDATES: dict[str, Callable[[int], Policy]] = {
     "infllm": lambda k: make_policy("infllm", k=k, block=16, sinks=k // 32, recent=k // 4),
     "act-qkv": lambda k: make_policy("act-qkv", k=k, block=16, sinks=k // 32, recent=k // 4),
     "attention-predictor": lambda k: make_policy("attention-predictor", k=k, sinks=k // 16, recent=k // 16),
+    "attention-predictor, network": lambda k: make_policy(
+        "attention-predictor", k=k, sinks=k // 16, recent=k // 16, predictor="cnn"
+    ),
     "random": lambda k: make_policy("random", k=k, sinks=4),
 }
 SCORED = 256  # tokens of a piece of the novel whose probability counts; those before are its prompt
 STRETCH = 32  # tokens over which the figures of a piece are kept apart: later ones lie further from the prompt
-Task = Literal["single", "multikey", "chain", "novel"]
+Task = Literal["single", "multikey", "chain", "novel", "mass"]
+
+
+def _cheaper_refresh(scorer: dict[str, Any], k: int) -> Policy:
+    """Score-only refreshes by another scorer."""
+    selector, schedule = {"name": "top-k", "k": k, "pool": 7}, {"name": "fixed", "stride": 8}
+    return make_policy("composed", scorer=scorer, selector=selector, schedule=schedule)
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ def evaluate(
     book: Path,
     length: int = 4096,
     budgets: list[int] = [128, 256, 512],  # noqa: B006  (a default for the command line, never changed)
-    tasks: list[Task] = ["single", "multikey", "chain", "novel"],  # noqa: B006
+    tasks: list[Task] = ["single", "multikey", "chain", "novel", "mass"],  # noqa: B006
     policies: list[str] = list(CANDIDATES),  # noqa: B006
     examples: int = 100,
     seed: int = 2026,
@@ -100,7 +114,7 @@ def evaluate(
     config = {"length": length, "seed": seed, "model": model or "embedded", "book": book.name}
     done = _resume(out, config)
     runs = [(name, k) for name in policies for k in (budgets if name != "full" else [length])]
-    novel = encode(book.read_text(encoding="utf-8")) if "novel" in tasks else []
+    novel = encode(book.read_text(encoding="utf-8")) if {"novel", "mass"} & set(tasks) else []
     with tqdm(total=len(tasks) * examples * len(runs), unit="example") as progress, out.open("a") as file:
         for task in tasks:
             for first in range(0, examples, batch):
@@ -140,7 +154,7 @@ def _resume(out: Path, config: dict[str, Any]) -> set[tuple[str, str, int, int]]
 def _question(
     task: Task, index: int, length: int, seed: int, count: int, encode: Callable, novel: Sequence[int]
 ) -> Question:
-    if task != "novel":
+    if task not in ("novel", "mass"):
         example = make_example(TASKS[task], length=length, seed=seed, index=index, encode=encode)
         return Question(encode(example.prompt), example)
     if len(novel) < length + count:
@@ -165,7 +179,7 @@ def _answer(
     for name, k in runs:
         policy = CANDIDATES[name](k)
         by_prefill[policy.prefill].append((policy, name, k))
-    new_tokens = SCORED if task == "novel" else max(q.example.gen_tokens for q in questions if q.example)
+    new_tokens = SCORED if task in ("novel", "mass") else max(q.example.gen_tokens for q in questions if q.example)
     for alike in by_prefill.values():
         prefilled = read(
             network,
@@ -179,6 +193,8 @@ def _answer(
             progress.set_description(f"{task} {name} {k}")
             if task == "novel":
                 rows = _log_probs(network, params, prefilled, questions, policy)
+            elif task == "mass":
+                rows = _mass(network, params, prefilled, questions, policy)
             else:
                 rows = _scores(network, params, prefilled, questions, policy, new_tokens, checkpoint)
             yield rows, name, k
@@ -207,24 +223,27 @@ def _scores(
 def _log_probs(
     network: Llama, params: Params, prefilled: Prefilled, questions: list[Question], policy: Policy
 ) -> list[dict]:
-    """Mean negative log-likelihoods, of all tokens and of each `STRETCH` of them, and the mean attention mass on what a
-    step read."""
+    """Mean negative log-likelihoods, of all tokens and of each `STRETCH` of them."""
     follows = jnp.array([question.follows for question in questions])
-    scored = score_tokens(network, params, prefilled, follows, policy=policy, coverage=True)
+    scored = score_tokens(network, params, prefilled, follows, policy=policy)
     slots = 2 * np.asarray(scored.trace.attended) + np.asarray(scored.trace.scored)  # [steps, layers, batch]
     lengths = np.asarray(prefilled.prompts.lengths)[None, None, :] + 1 + np.arange(len(slots))[:, None, None]
     share = slots.mean(axis=(0, 1)) / (2 * lengths).mean(axis=(0, 1))
-    mass = np.asarray(scored.trace.coverage).mean(axis=(0, 1))
     nll = -np.asarray(scored.log_probs, np.float64).reshape(len(questions), -1, STRETCH).mean(axis=2)
     return [
-        {
-            "nll": float(nll[row].mean()),
-            "nll_by_stretch": np.round(nll[row], 5).tolist(),
-            "mass": None if np.isnan(mass[row]) else round(float(mass[row]), 4),
-            "read": round(float(share[row]), 4),
-        }
-        for row in range(len(questions))
+        {"nll": float(of_row.mean()), "nll_by_stretch": np.round(of_row, 5).tolist(), "read": round(float(of_all), 4)}
+        for of_row, of_all in zip(nll, share, strict=True)
     ]
+
+
+def _mass(
+    network: Llama, params: Params, prefilled: Prefilled, questions: list[Question], policy: Policy
+) -> list[dict]:
+    """Mean attention mass on what a step attends. Measuring it reads all keys."""
+    follows = jnp.array([question.follows for question in questions])
+    scored = score_tokens(network, params, prefilled, follows, policy=policy, coverage=True)
+    mass = np.asarray(scored.trace.coverage).mean(axis=(0, 1))
+    return [{"mass": round(float(of_row), 4)} for of_row in mass]
 
 
 def markdown(rows: Sequence[dict]) -> str:
@@ -233,11 +252,12 @@ def markdown(rows: Sequence[dict]) -> str:
     cells = defaultdict(lambda: defaultdict(list))
     for row in rows:
         cell = cells[row["policy"], row["k"]]
-        cell[row["task"]].append(row.get("score", row.get("nll")))
+        if row["task"] != "mass":
+            cell[row["task"]].append(row.get("score", row.get("nll")))
         for figure in ("mass", "read"):
-            if row.get(figure) is not None and not math.isnan(row[figure]):
+            if figure in row and not math.isnan(row[figure]):
                 cell[figure].append(row[figure])
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] != "mass"))
     titles = ["perplexity" if task == "novel" else task for task in tasks]
     lines = [f"| policy | k | {' | '.join(titles)} | attention mass | bytes read |", "|---" * (len(tasks) + 4) + "|"]
     for (name, k), cell in cells.items():

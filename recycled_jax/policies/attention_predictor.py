@@ -20,8 +20,9 @@ from recycled_jax.frame.method import in_words, layers_in_words, selecting_trace
 from recycled_jax.policies.infllm import Blocks, attend_and_weigh
 from recycled_jax.policies.policy import Policy
 
-# The network: two convolutions over rows and blocks, an average over the rows, a weighted sum of the channels. In all
-# 4,833 numbers.
+# The network: two convolutions over rows and blocks, an average over the rows, a weighted sum of the channels. The
+# paper's has 4,833 numbers; one more is ours: in the average, a row counts `decay` times as much as the one after it
+# (1, where a file does not tell it, is the paper's). Convolutions cannot know which row is the newest.
 WEIGHTS = {
     "conv1": (3, 3, 1, 16),
     "bias1": (16,),
@@ -29,6 +30,7 @@ WEIGHTS = {
     "bias2": (32,),
     "out": (32,),
     "out_bias": (),
+    "decay": (),
 }
 SHIPPED = Path(__file__).with_suffix(".safetensors")  # trained on the embedded model
 Weights = Mapping[str, Array]
@@ -56,9 +58,13 @@ class ExponentialAverage(Predictor):
             raise ValueError(f"decay={self.decay} must be above 0 and at most 1 (all rows count alike)")
 
     def predict(self, history, visible):
-        rows = history.shape[2]
-        weights = self.decay ** jnp.arange(rows - 1, -1, -1, dtype=jnp.float32)
-        return jnp.einsum("r,bhrp->bhp", weights / jnp.sum(weights), history)
+        return jnp.einsum("r,bhrp->bhp", row_weights(self.decay, history.shape[2]), history)
+
+
+def row_weights(decay: float | Float[Array, ""], rows: int) -> Float[Array, " rows"]:
+    """Of an average over `rows`, the newest last."""
+    weights = decay ** jnp.arange(rows - 1, -1, -1, dtype=jnp.float32)
+    return weights / jnp.sum(weights)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ def predict_rows(
             precision=lax.Precision.HIGHEST,
         )
         hidden = jnp.where(shown, jax.nn.relu(hidden + weights[bias][None, None, None, :]), 0.0)
-    return (jnp.einsum("nbc,c->nb", jnp.mean(hidden, axis=1), weights["out"]) + weights["out_bias"]) * scale[:, 0, 0]
+    average = jnp.einsum("r,nrbc->nbc", row_weights(weights["decay"], histories.shape[1]), hidden)
+    return (jnp.einsum("nbc,c->nb", average, weights["out"]) + weights["out_bias"]) * scale[:, 0, 0]
 
 
 @functools.cache
@@ -107,7 +114,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     """The network's weights, float32."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights={path!r} is not there; python -m train.attention_predictor makes such a file")
-    weights = load_file(path)
+    weights = {"decay": np.ones((), np.float32), **load_file(path)}
     shapes = {name: weight.shape for name, weight in weights.items()}
     if shapes != WEIGHTS:
         raise ValueError(f"weights={path!r} holds {shapes}, expected {WEIGHTS}")

@@ -75,10 +75,14 @@ class ChunkChoice:
     ) -> Int[Array, "batch kv_heads queries chunks"]:
         """The position from which a query sees a chunk as it would if all it has chosen lay next to each other: as many
         chunks after that chunk as are chosen after it."""
+        return self.current_places(chosen) * self.chunk + ((lengths - 1) % self.chunk)[:, None, :, None]
+
+    def current_places(
+        self, chosen: Bool[Array, "batch kv_heads queries chunks"]
+    ) -> Int[Array, "batch kv_heads queries chunks"]:
+        """The number of the chunk that a standpoint lies in."""
         places = jnp.cumsum(chosen, axis=-1)
-        chunks_between = places[..., -1:] - places
-        offset = ((lengths - 1) % self.chunk)[:, None, :, None]
-        return (jnp.arange(chosen.shape[-1])[None, None, None, :] + chunks_between) * self.chunk + offset
+        return jnp.arange(chosen.shape[-1])[None, None, None, :] + places[..., -1:] - places
 
 
 @struct.dataclass
@@ -192,20 +196,26 @@ class LongHeadsPrefill(PrefillAttention):
         chosen: Bool[Array, "batch kv_heads queries chunks"],
         lengths: Int[Array, "1 queries"],
     ) -> Float[Array, "batch query_heads queries head_dim"]:
-        """A chunk is multiplied with all queries, whether they chose it or not: the work is that of dense attention."""
-        width, grouped = self.choice.chunk, by_kv_head(chunk.bare_q, config.kv_heads)
-        standpoints = self.choice.standpoints(chosen, lengths)
+        """A chunk is multiplied with all queries, whether they chose it or not: the work is that of dense attention.
+
+        A query turns to its place in its chunk once, and from there by whole chunks, whose few angles are looked up:
+        sines for every query and chunk would cost as much as the products.
+        """
+        width, queries = self.choice.chunk, chunk.bare_q.astype(jnp.float32)
+        grouped = by_kv_head(rope.rotate(queries, *rope.angles(config, (lengths - 1) % width)), config.kv_heads)
+        places = self.choice.current_places(chosen)
+        cosine, sine = rope.angles(config, jnp.arange(chosen.shape[-1])[None, :] * width)
 
         def read(number):
-            seen_from = lax.dynamic_index_in_dim(standpoints, number, axis=3, keepdims=False)
-            return rotate_from(config, grouped, seen_from), *cache.block(chunk.layer, number * width, width)
+            place = lax.dynamic_index_in_dim(places, number, axis=3, keepdims=False)
+            return turn(grouped, cosine[0, place], sine[0, place]), *cache.block(chunk.layer, number * width, width)
 
         def visible(number):
             past = number * width + jnp.arange(width)[None, :] < lengths[0][:, None]
             return lax.dynamic_index_in_dim(chosen, number, axis=3)[:, :, None] & past[None, None, None]
 
         blocks = (chunk.start + chunk.q.shape[2]) // width
-        return attend_blocks(grouped, blocks, read, visible).reshape(chunk.q.shape)
+        return attend_blocks(grouped, blocks, read, visible).reshape(chunk.q.shape).astype(chunk.q.dtype)
 
 
 @dataclass(frozen=True)
@@ -293,7 +303,8 @@ def attend_from(
     k, v = (gather_slots(x, flat) for x in (cache.keys(here.layer), cache.values(here.layer)))
     grouped = bare_q.reshape(batch, kv_heads, -1, 1, bare_q.shape[-1])
     q = jnp.broadcast_to(grouped, (*grouped.shape[:3], places, grouped.shape[-1]))
-    q = rotate_from(config, q, seen_from).astype(k.dtype)
+    angles = rope.angles(config, seen_from.reshape(batch * kv_heads, places))
+    q = turn(q, *(part.reshape(batch, kv_heads, places, -1) for part in angles)).astype(k.dtype)
     k = k.reshape(batch, kv_heads, places, width, -1)
     logits = jnp.einsum("bngxd,bnxud->bngxu", q, k, preferred_element_type=jnp.float32)
     logits = logits.reshape(*grouped.shape[:3], -1) * bare_q.shape[-1] ** -0.5
@@ -302,15 +313,15 @@ def attend_from(
     return out.reshape(bare_q.shape).astype(bare_q.dtype)
 
 
-def rotate_from(
-    config: LlamaConfig,
+def turn(
     x: Float[Array, "batch kv_heads group queries head_dim"],
-    positions: Int[Array, "batch kv_heads queries"],
+    cosine: Float[Array, "batch kv_heads queries half"],
+    sine: Float[Array, "batch kv_heads queries half"],
 ) -> Float[Array, "batch kv_heads group queries head_dim"]:
-    """Queries turned to positions that differ from kv head to kv head."""
+    """Queries turned by angles that differ from kv head to kv head."""
     batch, kv_heads, group, queries, head_dim = x.shape
-    angles = rope.angles(config, positions.reshape(batch * kv_heads, queries))
-    return rope.rotate(x.reshape(batch * kv_heads, group, queries, head_dim), *angles).reshape(x.shape)
+    cosine, sine = (part.reshape(batch * kv_heads, queries, -1) for part in (cosine, sine))
+    return rope.rotate(x.reshape(batch * kv_heads, group, queries, head_dim), cosine, sine).reshape(x.shape)
 
 
 def _numbers(chosen: Bool[Array, "batch kv_heads chunks"], places: int) -> Int[Array, "batch kv_heads places"]:

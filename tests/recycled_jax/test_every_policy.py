@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from recycled_jax.commands.loading import Checkpoint
-from recycled_jax.generate import generate, read, run_block
+from recycled_jax.generate import generate, run_block
 from recycled_jax.policies import POLICIES, make_policy
 from recycled_jax.tasks.retrieval import TASKS, make_example
 

@@ -21,8 +21,8 @@ def exponential_average(decay: float) -> Predictor:
 
 
 class ConvPredictor:
-    """Two 3x3 convolutions, the average over the rows, one weighted sum of the channels; of rows relative
-    to their largest value."""
+    """Two 3x3 convolutions, an average over the rows in which the newer count more, one weighted sum of the channels;
+    of rows relative to their largest value."""
 
     def __init__(self, weights: dict[str, np.ndarray]):
         self.w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
@@ -31,7 +31,9 @@ class ConvPredictor:
         largest = rows.max() or 1.0
         hidden = self.convolve(rows[:, :, None] / largest, self.w["conv1"], self.w["bias1"])
         hidden = self.convolve(np.maximum(hidden, 0), self.w["conv2"], self.w["bias2"])
-        return (np.maximum(hidden, 0).mean(axis=0) @ self.w["out"] + self.w["out_bias"]) * rows.max()
+        counts = np.array([float(self.w["decay"]) ** (len(rows) - 1 - i) for i in range(len(rows))])
+        average = np.einsum("r,rbc->bc", counts / counts.sum(), np.maximum(hidden, 0))
+        return (average @ self.w["out"] + self.w["out_bias"]) * rows.max()
 
     @staticmethod
     def convolve(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
