@@ -239,11 +239,11 @@ def _log_probs(
 def _mass(
     network: Llama, params: Params, prefilled: Prefilled, questions: list[Question], policy: Policy
 ) -> list[dict]:
-    """Mean attention mass on what a step attends. Measuring it reads all keys."""
+    """Mean attention mass on what a step attends, none where that is everything. Measuring it reads all keys."""
     follows = jnp.array([question.follows for question in questions])
     scored = score_tokens(network, params, prefilled, follows, policy=policy, coverage=True)
     mass = np.asarray(scored.trace.coverage).mean(axis=(0, 1))
-    return [{"mass": round(float(of_row), 4)} for of_row in mass]
+    return [{"mass": None if np.isnan(of_row) else round(float(of_row), 4)} for of_row in mass]
 
 
 def markdown(rows: Sequence[dict]) -> str:
@@ -255,7 +255,7 @@ def markdown(rows: Sequence[dict]) -> str:
         if row["task"] != "mass":
             cell[row["task"]].append(row.get("score", row.get("nll")))
         for figure in ("mass", "read"):
-            if figure in row and not math.isnan(row[figure]):
+            if row.get(figure) is not None and not math.isnan(row[figure]):
                 cell[figure].append(row[figure])
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] != "mass"))
     titles = ["perplexity" if task == "novel" else task for task in tasks]

@@ -32,14 +32,16 @@ def test_retrieval_scores_every_policy_on_the_same_examples(model, tmp_path, cap
 def test_every_policy_answers_the_same_questions_and_an_interrupted_run_goes_on(model, tmp_path, capsys):
     out, book = tmp_path / "out.jsonl", tmp_path / "novel.txt"
     book.write_text("It was a dark night and nobody came. " * 40)
-    options = {"length": 320, "budgets": [16], "tasks": ["single", "novel"], "examples": 3, "batch": 2, "model": model}
+    tasks = ["single", "novel", "mass"]
+    options = {"length": 320, "budgets": [16], "tasks": tasks, "examples": 3, "batch": 2, "model": model}
     quality.evaluate(out, book, policies=["full", "recycled"], **options)
     assert "| recycled | 16 | 0 |" in capsys.readouterr().out  # a random model knows nothing
     whole = out.read_text()
     rows = [json.loads(line) for line in whole.splitlines()][1:]
-    assert len(rows) == 2 * 2 * 3
+    assert len(rows) == 2 * 3 * 3
     of_full = [row for row in rows if row["policy"] == "full"]
-    assert all(row["read"] == 1 for row in of_full) and all(0 < row["read"] < 0.5 for row in rows if row not in of_full)
+    assert all(row.get("read", 1) == 1 for row in of_full)
+    assert all(0 < row.get("read", row.get("mass")) < 0.5 for row in rows if row not in of_full)
     assert len({row["nll"] for row in rows if row["task"] == "novel"}) == 6  # no two are alike, nor policies equal
 
     lines = whole.splitlines(keepends=True)
@@ -61,12 +63,13 @@ def test_table_of_policies_by_hand():
         {"task": "single", "policy": "full", "k": 8, "index": 1, "score": 0.5, "read": 1.0},
         {"task": "novel", "policy": "full", "k": 8, "index": 0, "nll": 1.0, "read": 1.0},
         {"task": "single", "policy": "recycled", "k": 4, "index": 0, "score": 0.0, "read": 0.25},
+        {"task": "mass", "policy": "recycled", "k": 4, "index": 0, "mass": 0.6},
     ]
     assert quality.markdown(rows).splitlines() == [
-        "| policy | k | single | novel | bytes read |",
-        "|---|---|---|---|---|",
-        "| full | 8 | 75 | 2.72 | 100 % |",
-        "| recycled | 4 | 0 |  | 25 % |",
+        "| policy | k | single | perplexity | attention mass | bytes read |",
+        "|---|---|---|---|---|---|",
+        "| full | 8 | 75 | 2.7 |  | 100 % |",
+        "| recycled | 4 | 0 |  | 60 % | 25 % |",
     ]
 
 
