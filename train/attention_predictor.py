@@ -197,7 +197,7 @@ def train(
     keep: int = 8,
     steps: int = 200,
     batch: int = 32,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-3,
     held_out: int = 32,
     seed: int = 0,
 ) -> None:

@@ -5,10 +5,22 @@ import json
 import jax.numpy as jnp
 import numpy as np
 
-from recycled_jax.policies.attention_predictor import attention_predictor
+from recycled_jax.commands.loading import Checkpoint
+from recycled_jax.policies.attention_predictor import SHIPPED, attention_predictor, read_weights
 from tests.recycled_jax.policies.numpy_llama import Full, NumpyLlama
 from tests.recycled_jax.random_model import CONFIG, prompts, tiny_model
-from train.attention_predictor import ALWAYS, CALIBRATION, HISTORY, Examples, attention_rows, cut, held, train
+from train.attention_predictor import (
+    ALWAYS,
+    CALIBRATION,
+    HISTORY,
+    Examples,
+    Source,
+    attention_rows,
+    cut,
+    held,
+    shares,
+    train,
+)
 
 
 def test_rows_equal_numpy():
@@ -65,3 +77,13 @@ def test_a_short_run_writes_weights_that_the_policy_takes(tmp_path, capsys):
     share = json.loads(capsys.readouterr().out)["share"]
     assert set(share) == {"network", "mean", "average", "stale", "best"}
     assert all(0 < held <= share["best"] <= 1 for held in share.values())
+
+
+def test_the_shipped_network_holds_more_than_a_stale_selection():
+    """Of the embedded model's attention, on texts it was not trained on, exact rows as far apart for both."""
+    assert SHIPPED.stat().st_size < 100e3
+    checkpoint = Checkpoint.find(None)
+    model, params = checkpoint.load("float32")
+    weights = {name: jnp.asarray(weight) for name, weight in read_weights(str(SHIPPED)).items()}
+    share = shares(Source(model, params, checkpoint.text, length=1024, keep=8, seed=99), weights, 8)
+    assert share["stale"] + 0.003 < share["network"] < share["best"]

@@ -40,7 +40,7 @@ def weights(tmp_path):
     """A file of random weights, and the oracle's network with the same."""
     rng = np.random.default_rng(0)
     arrays = {name: np.asarray(0.3 * rng.normal(size=shape), np.float32) for name, shape in WEIGHTS.items()}
-    arrays["decay"] = np.float32(0.8).reshape(())
+    arrays["decay"] = np.array(0.8, np.float32)
     save_file(arrays, tmp_path / "weights.safetensors")
     return str(tmp_path / "weights.safetensors"), ConvPredictor(arrays)
 
@@ -69,7 +69,7 @@ def test_the_network_has_the_papers_size():
 def test_weights_of_the_papers_network_average_all_rows_alike(tmp_path):
     rng = np.random.default_rng(1)
     arrays = {name: np.asarray(0.3 * rng.normal(size=shape), np.float32) for name, shape in WEIGHTS.items()}
-    save_file({**arrays, "decay": np.float32(1).reshape(())}, tmp_path / "ours.safetensors")
+    save_file({**arrays, "decay": np.array(1, np.float32)}, tmp_path / "ours.safetensors")
     del arrays["decay"]
     save_file(arrays, tmp_path / "papers.safetensors")
     ours, papers = (read_weights(str(tmp_path / f"{name}.safetensors")) for name in ("ours", "papers"))
