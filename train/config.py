@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from recycled_jax.cca import CCA
+from recycled_jax.recycled_attention import RecycledAttention
 from recycled_jax.tasks.words import KEYS
 
 
@@ -23,7 +24,9 @@ class ModelSizes:
 
     `init` other than `plain` is explained in `train.init`. Or `start` is the folder of a Hugging Face checkpoint to go
     on from, which then tells all of that. `cca`, if given, is what the model attends instead of everything
-    (`recycled_jax.cca`); decode with the policy of that name.
+    (`recycled_jax.cca`); decode with the policy of that name. `recycled`, if given, trains it to be decoded with
+    recycled attention (`recycled_jax.recycled_attention`): the last `chunks` × `stride` tokens of every sequence attend
+    as they would then.
     """
 
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "qwen2"
@@ -38,11 +41,14 @@ class ModelSizes:
     max_length: int = 32768
     start: str | None = None
     cca: CCA | None = None
+    recycled: RecycledAttention | None = None
 
     def __post_init__(self) -> None:
+        if self.cca is not None and self.recycled is not None:
+            raise ValueError("model.cca and model.recycled are both given; a model attends in one way, leave one out")
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if self.start is not None and setting.name not in ("start", "cca") and value != setting.default:
+            if self.start is not None and setting.name not in ("start", "cca", "recycled") and value != setting.default:
                 raise ValueError(
                     f"model.{setting.name}={value!r} is told by the checkpoint model.start={self.start!r}; leave it out"
                 )
@@ -150,6 +156,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages=[] must have at least one stage")
+        if self.model.recycled is not None:
+            for stage in self.stages:
+                self.model.recycled.prefix(stage.length)
         _check(self, "", ("seed",), at_least=0)
         _check(self, "", ("save_every", "keep", "evaluate_every", "evaluate_examples", "log_every"), at_least=1)
 

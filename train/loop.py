@@ -58,10 +58,12 @@ def train(config: TrainConfig) -> Path | None:
             model_config(config, tokenizer),
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
-            attention=config.model.cca or causal,
+            attention=config.model.cca or config.model.recycled or causal,
         )
+        # what was trained with recycled attention decodes with any policy
+        evaluated = model if config.model.recycled is None else model.clone(attention=causal)
         evaluation = RetrievalEvaluation(
-            model, tokenizer, length=config.evaluate_length, examples=config.evaluate_examples, seed=config.seed + 1
+            evaluated, tokenizer, length=config.evaluate_length, examples=config.evaluate_examples, seed=config.seed + 1
         )
         optimizer = make_optimizer(config.optimizer, model.config, config.steps)
         state = checkpoints.restore(abstract_state(model, optimizer, mesh))

@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recycled_jax.config import LlamaConfig
-from recycled_jax.model import Llama
+from recycled_jax.model import Llama, causal
 from recycled_jax.sharding import param_shardings
 from recycled_jax.weights import Weight, map_weights
 from train.config import Mesh as MeshSizes
@@ -163,7 +163,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def _fresh(model: Llama, optimizer: optax.GradientTransformation, seed: int, init: str = "plain") -> TrainState:
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
+    # attention has no parameters, and that of the run may ask for more than one token
+    params = model.clone(attention=causal).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
     if init == "retrieval":
         params = retrieval_init(model.config, params, jax.random.key(seed + 1))
     return _at_first(optimizer, params)

@@ -1,4 +1,4 @@
-"""Training with CCA-Attention in place of causal attention."""
+"""Training with another attention in place of the causal one: CCA-Attention, and recycled attention."""
 
 import dataclasses
 
@@ -10,16 +10,18 @@ import train.loop
 from recycled_jax.cca import CCA
 from recycled_jax.hf import save_hf
 from recycled_jax.model import Llama
+from recycled_jax.recycled_attention import RecycledAttention
 from recycled_jax.tokenizer import load_tokenizer
 from tests.train import tiny_run
 from tests.train.test_step import ADAMW, CONFIG, STEPS, batch
 from train.__main__ import parse
-from train.config import Mesh, ModelSizes, TrainConfig
+from train.config import Mesh, ModelSizes, Stage, TrainConfig
 from train.step import init_state, loss_and_metrics, make_mesh, make_optimizer, make_train_step
 
 
-def test_it_learns_on_eight_devices_from_the_loss_that_one_computes():
-    model, mesh = Llama(CONFIG, attention=CCA(group=4, window=6)), make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize("attention", [CCA(group=4, window=6), RecycledAttention(6, 3, 4)], ids=["cca", "recycled"])
+def test_it_learns_on_eight_devices_from_the_loss_that_one_computes(attention):
+    model, mesh = Llama(CONFIG, attention=attention), make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     optimizer, again = make_optimizer(ADAMW, CONFIG, STEPS), batch()
     state, step = init_state(model, optimizer, mesh, seed=0), make_train_step(model, optimizer, mesh)
     one_computes, _ = jax.jit(loss_and_metrics, static_argnums=0)(model, jax.device_get(state.params), again)
@@ -53,15 +55,23 @@ def first_step(monkeypatch):
     return begin
 
 
-def test_a_run_tunes_a_checkpoint_as_its_config_says(tmp_path, tokenizer, first_step):
+@pytest.mark.parametrize(
+    ("told", "attention"),
+    [
+        ("cca: {group: 4, window: 12}", CCA(group=4, window=12)),
+        ("recycled: {k: 16, stride: 5, chunks: 2, anchor: own}", RecycledAttention(16, 5, 2, anchor="own")),
+    ],
+    ids=["cca", "recycled"],
+)
+def test_a_run_tunes_a_checkpoint_as_its_config_says(told, attention, tmp_path, tokenizer, first_step):
     ids = tokenizer.get_vocab()
     sizes = dataclasses.replace(CONFIG, vocab=len(ids), tie_embeddings=True, eos_ids=(ids["</s>"],), init_std=0.1)
     params = jax.jit(Llama(sizes).init)(jax.random.key(5), np.zeros((1, 1), np.int32))
     save_hf(tmp_path / "start", Llama(sizes), params, tokenizer=tokenizer)
-    (tmp_path / "run.yaml").write_text(f"model: {{start: {tmp_path / 'start'}, cca: {{group: 4, window: 12}}}}\n")
+    (tmp_path / "run.yaml").write_text(f"model: {{start: {tmp_path / 'start'}, {told}}}\n")
     asked = parse(["--config", str(tmp_path / "run.yaml")]).model
     model, state = first_step(dataclasses.replace(tiny_run.config(tmp_path), model=asked))
-    assert model.attention == CCA(group=4, window=12)
+    assert model.attention == attention
     assert (model.config.layers, model.config.vocab) == (sizes.layers, sizes.vocab)
     assert jax.tree.all(jax.tree.map(np.array_equal, state.params, params))
     assert int(state.step) == 0
@@ -72,3 +82,15 @@ def test_a_run_tunes_a_checkpoint_as_its_config_says(tmp_path, tokenizer, first_
 def test_a_checkpoint_tells_the_sizes():
     with pytest.raises(ValueError, match="layers=2 is told by the checkpoint model"):
         ModelSizes(start="there", layers=2)
+
+
+def test_a_model_attends_in_one_way_only():
+    with pytest.raises(ValueError, match=r"model.cca and model.recycled are both given"):
+        ModelSizes(cca=CCA(), recycled=RecycledAttention())
+
+
+def test_sequences_have_room_for_the_chunks():
+    with pytest.raises(ValueError, match=r"a sequence of 40 tokens has no prefix before chunks=4 of stride=10"):
+        TrainConfig(
+            model=ModelSizes(recycled=RecycledAttention(16, 10, 4)), stages=(Stage(length=40, batch=1, steps=1),)
+        )
