@@ -2,8 +2,8 @@
 
 Retrieval from long generated prose (one needle, one of eight, a chain of keys), the perplexity of the last 256 tokens
 of pieces of a novel, and the attention mass that their steps attend, for budgets that are shares of the context. All
-policies go on from the same prefill, and decode the same examples. One line of JSON per example and policy, after a
-line that says where they come from: a run that was interrupted goes on where it stopped, and one of another
+policies go on from the same prefill, and decode the same examples. One line of JSON per policy and batch of examples,
+after a line that says where they come from: a run that was interrupted goes on where it stopped, and one of another
 configuration is refused. `--table` prints the results as Markdown.
 """
 
@@ -30,10 +30,10 @@ from recycled_jax.policies import Policy, make_policy
 from recycled_jax.scoring import score_tokens
 from recycled_jax.tasks.retrieval import TASKS, Example, make_example, score
 
-# As published, but for what a model of four layers and budgets of a few hundred slots ask for: no dense layers (two of
-# them would be half the model), selection layers 0 and 2, windows that are shares of the budget.
-
-_TWO_OF_FOUR = {"dense_layers": (), "selection_layers": (0, 2)}
+# As published, but for what a model of four layers and budgets of a few hundred slots ask for: windows that are shares
+# of the budget, and one dense layer below one that selects. It is layer 1 that finds what the text asks for; where it
+# follows a selection of layer 0 instead, which looks at neighbours, nothing is found.
+_LAYERS = {"dense_layers": (0,), "selection_layers": (1,)}
 CANDIDATES: dict[str, Callable[[int], Policy]] = {
     "full": lambda k: make_policy("full"),
     "top-k": lambda k: make_policy("top-k", k=k),
@@ -46,9 +46,9 @@ CANDIDATES: dict[str, Callable[[int], Policy]] = {
     "recycled-v1": lambda k: make_policy("recycled-v1", k=k, stride=8),
     "stale-top-k": lambda k: make_policy("stale-top-k", k=k, delay=8, pool=7),
     "recycled-dynamic": lambda k: make_policy("recycled-dynamic", k=k, stride=4),
-    "tidal": lambda k: make_policy("tidal", k=k, **_TWO_OF_FOUR),
-    "recycled-tidal": lambda k: make_policy("recycled-tidal", k=k, stride=8, **_TWO_OF_FOUR),
-    "less-is-more": lambda k: make_policy("less-is-more", k=k, **_TWO_OF_FOUR),
+    "tidal": lambda k: make_policy("tidal", k=k, **_LAYERS),
+    "recycled-tidal": lambda k: make_policy("recycled-tidal", k=k, stride=8, **_LAYERS),
+    "less-is-more": lambda k: make_policy("less-is-more", k=k, **_LAYERS),
     "long-heads": lambda k: make_policy("long-heads", k=k, chunk=min(k // 8, 256)),
     "snapkv": lambda k: make_policy("snapkv", k=k, window=min(32, k // 4), tail=0),
     "snapkv, window 1": lambda k: make_policy("snapkv", k=k, window=1, pool=7, pooling="max", tail=0),
@@ -103,7 +103,7 @@ def evaluate(
 ) -> None:
     """Args as in the module's text; `model` is the embedded one when not given."""
     if table:
-        print(markdown([json.loads(line) for line in out.read_text().splitlines()][1:]))
+        print(markdown(_results(out)))
         return
     unknown = [name for name in policies if name not in CANDIDATES]
     if unknown:
@@ -111,27 +111,31 @@ def evaluate(
     checkpoint = Checkpoint.find(model)
     network, params = checkpoint.load("float32")
     encode = checkpoint.text.encode
-    config = {"length": length, "seed": seed, "model": model or "embedded", "book": book.name}
-    done = _resume(out, config)
+    config = {"length": length, "examples": examples, "batch": batch, "seed": seed}
+    done = _resume(out, config | {"model": model or "embedded", "book": book.name})
     runs = [(name, k) for name in policies for k in (budgets if name != "full" else [length])]
     novel = encode(book.read_text(encoding="utf-8")) if {"novel", "mass"} & set(tasks) else []
     with tqdm(total=len(tasks) * examples * len(runs), unit="example") as progress, out.open("a") as file:
         for task in tasks:
             for first in range(0, examples, batch):
                 indices = range(first, min(first + batch, examples))
-                missing = [(name, k) for name, k in runs if (task, name, k, indices[-1]) not in done]
+                missing = [(name, k) for name, k in runs if (task, name, k, first) not in done]
                 progress.update(len(indices) * (len(runs) - len(missing)))
                 if not missing:
                     continue
                 questions = [_question(task, i, length, seed, examples, encode, novel) for i in indices]
-                for rows, name, k in _answer(network, params, questions, missing, length, progress, checkpoint, task):
-                    for index, row in zip(indices, rows, strict=True):
-                        if (task, name, k, index) not in done:
-                            line = {"task": task, "policy": name, "k": k, "index": index, **row}
-                            file.write(json.dumps(line) + "\n")
+                for name, k, figures in _answer(
+                    network, params, questions, missing, length, progress, checkpoint, task
+                ):
+                    line = {"task": task, "policy": name, "k": k, "first": first, **figures}
+                    file.write(json.dumps(line) + "\n")
                     file.flush()
                     progress.update(len(indices))
-    print(markdown([json.loads(line) for line in out.read_text().splitlines()][1:]))
+    print(markdown(_results(out)))
+
+
+def _results(out: Path) -> list[dict]:
+    return [json.loads(line) for line in out.read_text().splitlines()[1:]]
 
 
 def _resume(out: Path, config: dict[str, Any]) -> set[tuple[str, str, int, int]]:
@@ -147,8 +151,7 @@ def _resume(out: Path, config: dict[str, Any]) -> set[tuple[str, str, int, int]]
     found = json.loads(lines[0])["config"]
     if found != config:
         raise ValueError(f"out={str(out)!r} holds results of {found}; expected {config}")
-    rows = [json.loads(line) for line in lines[1:]]
-    return {(row["task"], row["policy"], row["k"], row["index"]) for row in rows}
+    return {(line["task"], line["policy"], line["k"], line["first"]) for line in _results(out)}
 
 
 def _question(
@@ -173,8 +176,8 @@ def _answer(
     progress: tqdm,
     checkpoint: Checkpoint,
     task: str,
-) -> Iterator[tuple[list[dict], str, int]]:
-    """For each run a row of figures for each question. Policies that read prompts alike share the reading."""
+) -> Iterator[tuple[str, int, dict[str, list]]]:
+    """For each run its figures, one for each question. Policies that read prompts alike share the reading."""
     by_prefill = defaultdict(list)
     for name, k in runs:
         policy = CANDIDATES[name](k)
@@ -192,12 +195,11 @@ def _answer(
         for policy, name, k in alike:
             progress.set_description(f"{task} {name} {k}")
             if task == "novel":
-                rows = _log_probs(network, params, prefilled, questions, policy)
+                yield name, k, _log_probs(network, params, prefilled, questions, policy)
             elif task == "mass":
-                rows = _mass(network, params, prefilled, questions, policy)
+                yield name, k, _mass(network, params, prefilled, questions, policy)
             else:
-                rows = _scores(network, params, prefilled, questions, policy, new_tokens, checkpoint)
-            yield rows, name, k
+                yield name, k, _scores(network, params, prefilled, questions, policy, new_tokens, checkpoint)
 
 
 def _scores(
@@ -208,62 +210,69 @@ def _scores(
     policy: Policy,
     new_tokens: int,
     checkpoint: Checkpoint,
-) -> list[dict]:
+) -> dict[str, list]:
+    """Scores of the answers, the share of the dense policy's bytes that they read, and their lengths."""
     done = generate(network, params, prefilled, policy=policy, max_new_tokens=new_tokens, block=16)
-    read_bytes, dense_bytes = done.telemetry.kv_bytes_per_token(), done.telemetry.dense_kv_bytes_per_token()
-    rows = []
-    for row, question in enumerate(questions):
-        assert question.example is not None
-        right = score(question.example, checkpoint.text.decode(done.tokens[row]))
-        share = float(read_bytes[row] / dense_bytes[row]) if dense_bytes[row] else math.nan
-        rows.append({"score": right, "read": round(share, 4), "tokens": len(done.tokens[row])})
-    return rows
+    right = [
+        score(question.example, checkpoint.text.decode(tokens))
+        for question, tokens in zip(questions, done.tokens, strict=True)
+        if question.example
+    ]
+    with np.errstate(invalid="ignore"):  # of an answer of one token, which no step decoded
+        share = done.telemetry.kv_bytes_per_token() / done.telemetry.dense_kv_bytes_per_token()
+    return {"score": right, "read": _rounded(share), "tokens": [len(tokens) for tokens in done.tokens]}
 
 
 def _log_probs(
     network: Llama, params: Params, prefilled: Prefilled, questions: list[Question], policy: Policy
-) -> list[dict]:
-    """Mean negative log-likelihoods, of all tokens and of each `STRETCH` of them."""
+) -> dict[str, list]:
+    """Mean negative log-likelihoods, of all tokens and of each `STRETCH` of them, and what the steps read."""
     follows = jnp.array([question.follows for question in questions])
     scored = score_tokens(network, params, prefilled, follows, policy=policy)
     slots = 2 * np.asarray(scored.trace.attended) + np.asarray(scored.trace.scored)  # [steps, layers, batch]
     lengths = np.asarray(prefilled.prompts.lengths)[None, None, :] + 1 + np.arange(len(slots))[:, None, None]
     share = slots.mean(axis=(0, 1)) / (2 * lengths).mean(axis=(0, 1))
     nll = -np.asarray(scored.log_probs, np.float64).reshape(len(questions), -1, STRETCH).mean(axis=2)
-    return [
-        {"nll": float(of_row.mean()), "nll_by_stretch": np.round(of_row, 5).tolist(), "read": round(float(of_all), 4)}
-        for of_row, of_all in zip(nll, share, strict=True)
-    ]
+    by_stretch = [_rounded(of_row) for of_row in nll]
+    return {"nll": _rounded(nll.mean(axis=1)), "nll_by_stretch": by_stretch, "read": _rounded(share)}
 
 
 def _mass(
     network: Llama, params: Params, prefilled: Prefilled, questions: list[Question], policy: Policy
-) -> list[dict]:
-    """Mean attention mass on what a step attends, none where that is everything. Measuring it reads all keys."""
+) -> dict[str, list]:
+    """Mean attention mass on what a step attends, over the layers that select. Measuring it reads all keys."""
     follows = jnp.array([question.follows for question in questions])
     scored = score_tokens(network, params, prefilled, follows, policy=policy, coverage=True)
-    mass = np.asarray(scored.trace.coverage).mean(axis=(0, 1))
-    return [{"mass": None if np.isnan(of_row) else round(float(of_row), 4)} for of_row in mass]
+    by_layer = np.asarray(scored.trace.coverage).mean(axis=0)
+    selecting = ~np.isnan(by_layer).any(axis=1)
+    return {"mass": _rounded(by_layer[selecting].mean(axis=0)) if selecting.any() else [None] * len(questions)}
 
 
-def markdown(rows: Sequence[dict]) -> str:
+def _rounded(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else round(float(value), 4) for value in values]
+
+
+def markdown(results: Sequence[dict]) -> str:
     """Policies with their budgets as lines, tasks as columns: percent right or perplexity, then means over the tasks
     that tell them: the attention mass on what a decode step read, and the share of the dense policy's bytes."""
-    cells = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        cell = cells[row["policy"], row["k"]]
-        if row["task"] != "mass":
-            cell[row["task"]].append(row.get("score", row.get("nll")))
+    cells: dict[tuple[str, int], dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    for line in results:
+        cell = cells[line["policy"], line["k"]]
+        if line["task"] != "mass":
+            cell[line["task"]] += line["score"] if "score" in line else line["nll"]
         for figure in ("mass", "read"):
-            if row.get(figure) is not None and not math.isnan(row[figure]):
-                cell[figure].append(row[figure])
-    tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] != "mass"))
+            cell[figure] += [value for value in line.get(figure, []) if value is not None]
+    tasks = list(dict.fromkeys(line["task"] for line in results if line["task"] != "mass"))
     titles = ["perplexity" if task == "novel" else task for task in tasks]
+    counts = [max(len(cell[task]) for cell in cells.values()) for task in tasks]
+    titles = [f"{title} ({count})" for title, count in zip(titles, counts, strict=True)]
     lines = [f"| policy | k | {' | '.join(titles)} | attention mass | bytes read |", "|---" * (len(tasks) + 4) + "|"]
-    for (name, k), cell in cells.items():
-        means = {of: 100 * np.mean(values) for of, values in cell.items()}
+    order = {name: place for place, name in enumerate(CANDIDATES)}
+    for name, k in sorted(cells, key=lambda cell: (order.get(cell[0], len(order)), cell[1])):
+        cell = cells[name, k]
+        means = {of: 100 * np.mean(values) for of, values in cell.items() if values}
         told = [f"{means[task]:.0f}" if task in means else "" for task in tasks]
-        if "novel" in tasks and cell["novel"]:
+        if cell["novel"]:
             told[tasks.index("novel")] = f"{math.exp(np.mean(cell['novel'])):.1f}"
         told += [f"{means[figure]:.0f} %" if figure in means else "" for figure in ("mass", "read")]
         lines.append(f"| {name} | {k} | {' | '.join(told)} |")
