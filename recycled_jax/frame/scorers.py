@@ -19,6 +19,11 @@ class Scorer(ABC):
     of pages, labels, clusters) is a state of their own: a pytree whose arrays begin with the axis of layers."""
 
     @property
+    def unit(self) -> int:
+        """Slots that share a score: those of a page, or 1."""
+        return 1
+
+    @property
     def observers(self) -> tuple[Observer, ...]:
         """What has to be seen of the prompt, for `begin` and `score_prompt`."""
         return (LastQueries(1),)

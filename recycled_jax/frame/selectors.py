@@ -20,6 +20,11 @@ class Selector(ABC):
     def entries(self) -> int:
         """Entries of a selection, those that stay empty included."""
 
+    @property
+    def unit(self) -> int:
+        """Slots that are selected together: those of a page, or 1."""
+        return 1
+
     def heads(self, kv_heads: int) -> int:
         """Selections per row: one per kv head, or 1 that they share."""
         return kv_heads
@@ -105,6 +110,10 @@ class TopPages(Selector):
             raise ValueError(f"page={self.page} must be at least 1 slot")
         if self.k < self.page:
             raise ValueError(f"k={self.k} is below page={self.page}: the page of the current token is always read")
+
+    @property
+    def unit(self):
+        return self.page
 
     @property
     def entries(self):

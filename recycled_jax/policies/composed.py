@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from recycled_jax.frame import Method, Recycling, RefreshAttention, RowRule, Scorer, Selecting, Selector, TopK, TopPages
+from recycled_jax.frame import Method, Recycling, RefreshAttention, RowRule, Scorer, Selecting, Selector, TopK
 from recycled_jax.policies.less_is_more import QueryHeadScorer
 from recycled_jax.policies.pages_and_tokens import PagesOfSlots, SlotsOfPages
 from recycled_jax.policies.parts import SCHEDULES, SCORERS, SELECTORS, make_layers, make_part
 from recycled_jax.policies.policy import Policy
-from recycled_jax.policies.quest import PageBoundScorer
 
 _SCORER, _SELECTOR, _SCHEDULE = {"name": "attention"}, {"name": "top-k", "k": 1024}, {"name": "fixed", "stride": 10}
 
@@ -45,12 +44,12 @@ def composed(
 
 def _fit(scorer: Scorer, selector: Selector) -> Scorer:
     """The scorer, with scores of what the selector selects."""
-    scored = scorer.page if isinstance(scorer, PageBoundScorer) else 1
-    selected = selector.page if isinstance(selector, TopPages) else 1
-    if scored == selected:
+    if scorer.unit == selector.unit:
         return scorer
-    if selected == 1:
-        return SlotsOfPages(scorer, scored)
-    if scored == 1:
-        return PagesOfSlots(scorer, selected)
-    raise ValueError(f"policy.scorer.page={scored} and policy.selector.page={selected} differ; expected equal pages")
+    if selector.unit == 1:
+        return SlotsOfPages(scorer, scorer.unit)
+    if scorer.unit == 1:
+        return PagesOfSlots(scorer, selector.unit)
+    raise ValueError(
+        f"policy.scorer.page={scorer.unit} and policy.selector.page={selector.unit} differ; expected equal pages"
+    )

@@ -49,6 +49,10 @@ class SlotsOfPages(_Wrapped):
 class PagesOfSlots(_Wrapped):
     """Every page of `page` slots has the score of its best slot (ours)."""
 
+    @property
+    def unit(self):
+        return self.page
+
     def score(self, token, cache, state, here):
         return self._best(self.scorer.score(token, cache, state, here), here)
 

@@ -29,6 +29,10 @@ class PageBoundScorer(Scorer):
             raise ValueError(f"page={self.page} must be at least 1 slot")
         check_group_reduction(self.group_reduction)
 
+    @property
+    def unit(self):
+        return self.page
+
     def begin(self, prefilled, *, implementation):
         cache, lengths = prefilled.cache, prefilled.prompts.lengths
 
