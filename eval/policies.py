@@ -4,13 +4,13 @@ Retrieval from long generated prose (one needle, one of eight, a chain of keys),
 of pieces of a novel, and the attention mass that their steps attend, for budgets that are shares of the context. All
 policies go on from the same prefill, and decode the same examples. One line of JSON per policy and batch of examples,
 after a line that says where they come from: a run that was interrupted goes on where it stopped, and one of another
-configuration is refused. `--table` prints the results as Markdown.
+configuration is refused. `--table` prints the results as Markdown: means, and perplexities by distance from the prompt.
 """
 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ CANDIDATES: dict[str, Callable[[int], Policy]] = {
     "recycled, page bounds": lambda k: _cheaper_refresh({"name": "page-bounds", "page": 16}, k),
     "recycled-v1": lambda k: make_policy("recycled-v1", k=k, stride=8),
     "stale-top-k": lambda k: make_policy("stale-top-k", k=k, delay=8, pool=7),
-    "recycled-dynamic": lambda k: make_policy("recycled-dynamic", k=k, stride=4),
+    "recycled-dynamic": lambda k: make_policy("recycled-dynamic", k=k, stride=4, threshold=0.95),
     "tidal": lambda k: make_policy("tidal", k=k, **_LAYERS),
     "recycled-tidal": lambda k: make_policy("recycled-tidal", k=k, stride=8, **_LAYERS),
     "less-is-more": lambda k: make_policy("less-is-more", k=k, **_LAYERS),
@@ -103,7 +103,7 @@ def evaluate(
 ) -> None:
     """Args as in the module's text; `model` is the embedded one when not given."""
     if table:
-        print(markdown(_results(out)))
+        print(markdown(_results(out)), by_distance(_results(out)), sep="\n\n")
         return
     unknown = [name for name in policies if name not in CANDIDATES]
     if unknown:
@@ -252,6 +252,30 @@ def _rounded(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 
+def by_distance(results: Sequence[dict]) -> str:
+    """How the perplexity of a novel's piece, over the dense policy's, goes with the distance from the prompt."""
+    log_probs: dict[tuple[str, int], dict[int, list]] = defaultdict(dict)
+    for line in results:
+        if line["task"] == "novel":
+            log_probs[line["policy"], line["k"]][line["first"]] = line["nll_by_stretch"]
+    dense = next((batches for (name, _), batches in log_probs.items() if name == "full"), {})
+    ends = range(STRETCH, SCORED + 1, STRETCH)
+    lines = [f"| policy | k | {' | '.join(f'to {end}' for end in ends)} |", "|---" * (len(ends) + 2) + "|"]
+    for name, k in _in_order(log_probs):
+        both = [first for first in log_probs[name, k] if first in dense]
+        if name != "full" and both:
+            ours, full = (np.concatenate([part[first] for first in both]) for part in (log_probs[name, k], dense))
+            ratios = np.exp(ours.mean(axis=0) - full.mean(axis=0))
+            lines.append(f"| {name} | {k} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |")
+    return "\n".join(lines)
+
+
+def _in_order(cells: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Policies and budgets, as the candidates stand."""
+    order = {name: place for place, name in enumerate(CANDIDATES)}
+    return sorted(cells, key=lambda cell: (order.get(cell[0], len(order)), cell[1]))
+
+
 def markdown(results: Sequence[dict]) -> str:
     """Policies with their budgets as lines, tasks as columns: percent right or perplexity, then means over the tasks
     that tell them: the attention mass on what a decode step read, and the share of the dense policy's bytes."""
@@ -267,8 +291,7 @@ def markdown(results: Sequence[dict]) -> str:
     counts = [max(len(cell[task]) for cell in cells.values()) for task in tasks]
     titles = [f"{title} ({count})" for title, count in zip(titles, counts, strict=True)]
     lines = [f"| policy | k | {' | '.join(titles)} | attention mass | bytes read |", "|---" * (len(tasks) + 4) + "|"]
-    order = {name: place for place, name in enumerate(CANDIDATES)}
-    for name, k in sorted(cells, key=lambda cell: (order.get(cell[0], len(order)), cell[1])):
+    for name, k in _in_order(cells):
         cell = cells[name, k]
         means = {of: 100 * np.mean(values) for of, values in cell.items() if values}
         told = [f"{means[task]:.0f}" if task in means else "" for task in tasks]

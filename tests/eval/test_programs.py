@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from eval import policies as quality
@@ -70,6 +71,20 @@ def test_table_of_policies_by_hand():
         "|---|---|---|---|---|---|",
         "| full | 8 | 50 | 2.7 |  | 100 % |",
         "| recycled | 4 | 0 |  | 65 % | 30 % |",
+    ]
+
+
+def test_perplexity_by_distance_by_hand():
+    far = [0.0] * 7 + [np.log(2)]
+    results = [
+        {"task": "novel", "policy": "full", "k": 8, "first": 0, "nll_by_stretch": [[1.0] * 8]},
+        {"task": "novel", "policy": "snapkv", "k": 4, "first": 0, "nll_by_stretch": [(np.ones(8) + far).tolist()]},
+        {"task": "novel", "policy": "snapkv", "k": 4, "first": 1, "nll_by_stretch": [[9.0] * 8]},  # full was not asked
+    ]
+    assert quality.by_distance(results).splitlines() == [
+        "| policy | k | to 32 | to 64 | to 96 | to 128 | to 160 | to 192 | to 224 | to 256 |",
+        "|---" * 10 + "|",
+        "| snapkv | 4 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 | 2.000 |",
     ]
 
 
