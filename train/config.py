@@ -59,7 +59,8 @@ class Stage:
     """Consecutive steps at one sequence length: `batch` rows of `length` tokens, at most `facts` facts in each.
 
     A token of an answer weighs 1 in the loss, one of the filler `text_weight`; `skip_share` of the rows have skips in
-    their positions, up to `Data.max_position`.
+    their positions, up to `Data.max_position`. The gradient of a batch is computed in `accumulate` parts, one after the
+    other, for batches whose activations do not fit at once; the result is the same.
     """
 
     length: int
@@ -68,9 +69,12 @@ class Stage:
     facts: int = 8
     text_weight: float = 0.1
     skip_share: float = 0.7
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
-        _check(self, "stages: ", ("length", "batch", "steps"), at_least=1)
+        _check(self, "stages: ", ("length", "batch", "steps", "accumulate"), at_least=1)
+        if self.batch % self.accumulate:
+            raise ValueError(f"stages: batch={self.batch} must be a multiple of accumulate={self.accumulate}")
         _check(self, "stages: ", ("text_weight",), at_least=0)
         _check(self, "stages: ", ("skip_share",), at_least=0, at_most=1)
         _check(self, "stages: ", ("facts",), at_least=1, at_most=len(KEYS))
@@ -98,19 +102,24 @@ class Data:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW or Muon (optax), linear warm-up over `warmup` steps, then cosine to `final` of the peak rate."""
+    """AdamW or Muon (optax), linear warm-up over `warmup` steps, then by `schedule` to `final` of the peak rate. `b1`,
+    `b2` and `eps` are AdamW's."""
 
     name: Literal["adamw", "muon"] = "muon"
     learning_rate: float = 1e-2
     warmup: int = 100
+    schedule: Literal["cosine", "linear"] = "cosine"
     final: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
     clip: float = 1.0
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self, "optimizer.", ("warmup", "weight_decay"), at_least=0)
-        _check(self, "optimizer.", ("final",), at_least=0, at_most=1)
-        for name in ("learning_rate", "clip"):
+        _check(self, "optimizer.", ("final", "b1", "b2"), at_least=0, at_most=1)
+        for name in ("learning_rate", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be above 0")
 
@@ -134,6 +143,8 @@ class TrainConfig:
     """One run. `out` holds checkpoints, metrics and, at the end, the exported Hugging Face folder.
 
     Activations are `dtype`; parameters and optimiser moments are float32; the exported weights are `export_dtype`.
+    `z_loss` times the squared log of the softmax's normaliser is added to the loss, which keeps logits from drifting
+    (PaLM, arXiv 2204.02311, section 5, with 1e-4).
     """
 
     out: str = "runs/embedded"
@@ -152,6 +163,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -159,7 +171,7 @@ class TrainConfig:
         if self.model.recycled is not None:
             for stage in self.stages:
                 self.model.recycled.prefix(stage.length)
-        _check(self, "", ("seed",), at_least=0)
+        _check(self, "", ("seed", "z_loss"), at_least=0)
         _check(self, "", ("save_every", "keep", "evaluate_every", "evaluate_examples", "log_every"), at_least=1)
 
     @property

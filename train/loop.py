@@ -28,13 +28,13 @@ from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.data import Batch, RetrievalMixture
 from train.evaluate import RetrievalEvaluation
+from train.optimizer import make_optimizer
 from train.step import (
     Metrics,
     TrainState,
     abstract_state,
     init_state,
     make_mesh,
-    make_optimizer,
     make_train_step,
     start_state,
 )
@@ -69,7 +69,10 @@ def train(config: TrainConfig) -> Path | None:
         state = checkpoints.restore(abstract_state(model, optimizer, mesh))
         if state is None:
             state = _first_state(model, optimizer, mesh, config)
-        step_fn = make_train_step(model, optimizer, mesh)
+        step_fns = {
+            parts: make_train_step(model, optimizer, mesh, accumulate=parts, z_loss=config.z_loss)
+            for parts in {stage.accumulate for stage in config.stages}
+        }
         mixture = RetrievalMixture(config.data, tokenizer, sentences, config.seed)
         tqdm.write(f"{parameter_count(model.config):,} parameters, {config.steps} steps, starting at step {first}")
         with (
@@ -77,7 +80,7 @@ def train(config: TrainConfig) -> Path | None:
             tqdm(total=config.steps, initial=first, unit="step", disable=None) as bar,
         ):
             for step, batch in _batches(mixture, config, first):
-                state, metrics = step_fn(state, batch)
+                state, metrics = step_fns[config.stage_at(step).accumulate](state, batch)
                 bar.update()
                 done = step + 1
                 if done % config.log_every == 0:
@@ -131,8 +134,11 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
 def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for stage in config.stages:
-        if stage.batch % shards:
-            raise ValueError(f"stages: batch={stage.batch} must be a multiple of data x fsdp = {shards} devices")
+        if stage.batch // stage.accumulate % shards:
+            raise ValueError(
+                f"stages: batch={stage.batch} in accumulate={stage.accumulate} parts must be a multiple of data x fsdp "
+                f"= {shards} devices"
+            )
 
 
 def _tokenizer(path: Path, sentences: list[str], config: TrainConfig, *, resumed: bool) -> PreTrainedTokenizerFast:

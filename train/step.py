@@ -1,4 +1,4 @@
-"""The train step: state in, state out, compiled for a mesh; and the optimiser."""
+"""The train step: state in, state out, compiled for a mesh."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from recycled_jax.config import LlamaConfig
 from recycled_jax.model import Llama, causal
 from recycled_jax.sharding import param_shardings
-from recycled_jax.weights import Weight, map_weights
 from train.config import Mesh as MeshSizes
-from train.config import Optimizer
 from train.data import Batch
 from train.init import retrieval_init
 
@@ -52,65 +50,69 @@ def make_mesh(sizes: MeshSizes) -> Mesh:
     return jax.make_mesh(tuple(resolved), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
-def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
-    """Linear warm-up, then cosine to `final` of the peak at the last step."""
-    warmup = min(config.warmup, steps // 2)
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, steps, end_value=config.final * config.learning_rate
-    )
+class Sums(NamedTuple):
+    """What the means are made of, over the predicted tokens of some rows; they add up over parts of a batch."""
+
+    loss: jax.Array
+    weight: jax.Array
+    text_loss: jax.Array
+    text: jax.Array
+    answer_loss: jax.Array
+    right: jax.Array
+    answers: jax.Array
 
 
-def make_optimizer(config: Optimizer, model: LlamaConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW, or Muon for the layers' matrices with AdamW for the rest."""
-    rate = learning_rate(config, steps)
-    if config.name == "adamw":
-        update = optax.adamw(rate, b2=0.98, weight_decay=config.weight_decay)
-    else:
-        update = optax.contrib.muon(
-            rate,
-            weight_decay=config.weight_decay,
-            adam_b2=0.98,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=map_weights(model, lambda weight: None, _matrix_axes),
-        )
-    return optax.chain(optax.clip_by_global_norm(config.clip), update)
-
-
-def _matrix_axes(weight: Weight):
-    """A stacked layer weight as the matrix it multiplies by; vectors are left to AdamW."""
-    if not weight.inputs:
-        return None
-    axes = tuple(range(1, 1 + len(weight.shape)))  # axis 0 is the layer
-    return optax.contrib.MuonDimensionNumbers(reduction_axis=axes[: weight.inputs], output_axis=axes[weight.inputs :])
-
-
-def loss_and_metrics(
-    model: Llama, params: Any, batch: Batch
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Weighted next-token cross-entropy, and (text loss, answer loss, answer accuracy)."""
+def loss_sums(model: Llama, params: Any, batch: Batch, z_loss: float = 0.0) -> Sums:
+    """Next-token cross-entropies, weighted for `loss` (with `z_loss` times the squared log-normaliser)."""
     logits = cast(jax.Array, model.apply(params, batch.tokens, batch.positions))[:, :-1]
     targets, weights, answers = batch.tokens[:, 1:], batch.weights[:, 1:], batch.answers[:, 1:]
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    nll = normaliser - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     text = (weights > 0) & ~answers
     right = jnp.argmax(logits, axis=-1) == targets
-
-    def mean(values, where):
-        return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)
-
-    return mean(nll, weights), (mean(nll, text), mean(nll, answers), mean(right, answers))
+    loss = jnp.sum((nll + z_loss * normaliser**2) * weights)
+    parts = (jnp.sum(x) for x in (weights, nll * text, text, nll * answers, right & answers, answers))
+    return Sums(loss, *parts)
 
 
-def make_train_step(model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh):
-    """`(state, batch) → (state, metrics)`, jitted with the state donated and rows spread over `data` and `fsdp`."""
+def make_train_step(
+    model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, *, accumulate: int = 1, z_loss: float = 0.0
+):
+    """`(state, batch) → (state, metrics)`, jitted with the state donated and rows spread over `data` and `fsdp`.
+
+    The gradient is summed over `accumulate` parts of the batch.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        value_and_grad = jax.value_and_grad(lambda params: loss_and_metrics(model, params, batch), has_aux=True)
-        (loss, aux), gradient = value_and_grad(state.params)
+        def loss_of(params: Any, part: Batch):
+            sums = loss_sums(model, params, part, z_loss)
+            return sums.loss, sums
+
+        gradient_of = jax.grad(loss_of, has_aux=True)
+
+        def add(so_far, part: Batch):
+            return jax.tree.map(jnp.add, so_far, gradient_of(state.params, part)), None
+
+        if accumulate == 1:
+            gradient, sums = gradient_of(state.params, batch)
+        else:
+            # Every part has rows of every device: neighbouring rows, which lie on one device, go to different parts.
+            parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
+            shapes = jax.eval_shape(gradient_of, state.params, jax.tree.map(lambda x: x[0], parts))
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (gradient, sums), _ = lax.scan(add, nothing, parts)
+        weight = jnp.maximum(sums.weight, 1)
+        gradient = jax.tree.map(lambda x: x / weight, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, optimizer_state), Metrics(
-            loss, *aux, gradient_norm=optax.tree.norm(gradient)
+        metrics = Metrics(
+            sums.loss / weight,
+            sums.text_loss / jnp.maximum(sums.text, 1),
+            sums.answer_loss / jnp.maximum(sums.answers, 1),
+            sums.right / jnp.maximum(sums.answers, 1),
+            gradient_norm=optax.tree.norm(gradient),
         )
+        return TrainState(state.step + 1, params, optimizer_state), metrics
 
     shardings = state_shardings(model, optimizer, mesh)
     return jax.jit(

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -11,7 +12,8 @@ from recycled_jax.config import LlamaConfig
 from recycled_jax.model import Llama
 from train.config import Mesh, Optimizer
 from train.data import Batch
-from train.step import init_state, learning_rate, make_mesh, make_optimizer, make_train_step
+from train.optimizer import learning_rate, make_optimizer
+from train.step import init_state, make_mesh, make_train_step
 
 CONFIG = LlamaConfig(
     model_type="qwen2", vocab=64, embed=32, mlp=48, layers=2, query_heads=4, kv_heads=2, head_dim=16, rope_theta=1e6
@@ -31,11 +33,11 @@ def batch(seed: int = 0) -> Batch:
     return Batch(tokens.astype(np.int32), positions.astype(np.int32), weights.astype(np.float32), answers)
 
 
-def run(optimizer: Optimizer, mesh, batches, init: str = "plain"):
+def run(optimizer: Optimizer, mesh, batches, init: str = "plain", **knobs):
     model = Llama(CONFIG)
     transformation = make_optimizer(optimizer, CONFIG, STEPS)
     state = init_state(model, transformation, mesh, seed=0, init=init)
-    step = make_train_step(model, transformation, mesh)
+    step = make_train_step(model, transformation, mesh, **knobs)
     history = []
     for one in batches:
         state, metrics = step(state, one)
@@ -55,6 +57,25 @@ def test_eight_devices_compute_what_one_does(optimizer, init):
     assert layers["down_proj"].sharding.shard_shape(layers["down_proj"].shape) == (2, 24, 16)
     moments = [x for x in jax.tree.leaves(shared.optimizer) if x.shape == layers["down_proj"].shape]
     assert moments and all(x.sharding == layers["down_proj"].sharding for x in moments)
+
+
+@pytest.mark.parametrize("sizes", [Mesh(), Mesh(data=2, fsdp=2, tensor=2)], ids=["data", "data, fsdp, tensor"])
+def test_a_batch_in_parts_gives_the_same_step(sizes):
+    """Parts differ in their weights, so means of means would be another loss."""
+    rows = [batch(seed)._replace(weights=batch(seed).weights * (1 + seed)) for seed in range(4)]
+    doubled = [Batch(*(np.concatenate(fields) for fields in zip(*rows[i : i + 2], strict=True))) for i in (0, 2)]
+    whole, expected = run(ADAMW, ONE, doubled)
+    parts, found = run(ADAMW, make_mesh(sizes), doubled, accumulate=2)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts.params, whole.params)
+
+
+def test_z_loss_adds_the_squared_normaliser():
+    _, (plain,) = run(ADAMW, ONE, [batch()])
+    _, (with_z,) = run(ADAMW, ONE, [batch()], z_loss=1e-2)
+    # an untrained model's logits are near 0: the normaliser is near log(vocab), for every token
+    assert with_z[0] - plain[0] == pytest.approx(1e-2 * np.log(CONFIG.vocab) ** 2, rel=0.05)
+    np.testing.assert_allclose(with_z[1:4], plain[1:4])
 
 
 def test_loss_falls_on_a_fixed_batch():
@@ -106,9 +127,10 @@ def test_mesh_that_the_devices_cannot_make(sizes, message):
         make_mesh(Mesh(**sizes))
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("steps", [1, 2, 50, 1000])
-def test_learning_rate_ends_where_it_should(steps):
-    config = Optimizer(learning_rate=0.5, warmup=100, final=0.1)
+def test_learning_rate_ends_where_it_should(steps, schedule):
+    config = Optimizer(learning_rate=0.5, warmup=100, final=0.1, schedule=schedule)
     rates = np.asarray(jax.vmap(learning_rate(config, steps))(np.arange(steps + 1)))
     assert rates[-1] == pytest.approx(0.05)
     assert rates.max() == pytest.approx(0.5)
@@ -117,6 +139,25 @@ def test_learning_rate_ends_where_it_should(steps):
     assert (np.diff(rates[: peak + 1]) > 0).all() and (np.diff(rates[peak:]) < 0).all()
 
 
-def test_learning_rate_without_warm_up():
-    rate = learning_rate(dataclasses.replace(Optimizer(), warmup=0, learning_rate=0.5), 10)
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_learning_rate_without_warm_up(schedule):
+    rate = learning_rate(Optimizer(warmup=0, learning_rate=0.5, schedule=schedule), 10)
     assert float(rate(0)) == pytest.approx(0.5)
+
+
+def test_linear_learning_rate_by_hand():
+    rate = learning_rate(Optimizer(warmup=2, learning_rate=1.0, final=0.0, schedule="linear"), 6)
+    np.testing.assert_allclose([rate(step) for step in range(7)], [0, 0.5, 1, 0.75, 0.5, 0.25, 0], atol=1e-6)
+
+
+def test_vectors_do_not_decay():
+    config = dataclasses.replace(ADAMW, weight_decay=0.5, warmup=0)
+    optimizer = make_optimizer(config, CONFIG, STEPS)
+    params = jax.tree.map(jnp.ones_like, init_state(Llama(CONFIG), optimizer, ONE, seed=0).params)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+    top, layers = updates["params"], updates["params"]["layers"]
+    for update in (layers["input_norm"], layers["q_bias"], top["final_norm"]):
+        assert not update.any()
+    for update in (layers["q_proj"], layers["down_proj"], top["embed_tokens"]):
+        np.testing.assert_allclose(update, -0.5 * config.learning_rate)
