@@ -7,6 +7,7 @@ after a line that says where they come from: a run that was interrupted goes on 
 configuration is refused. `--table` prints the results as Markdown: means, and perplexities by distance from the prompt.
 """
 
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -103,7 +104,7 @@ def evaluate(
 ) -> None:
     """Args as in the module's text; `model` is the embedded one when not given."""
     if table:
-        print(markdown(_results(out)), by_distance(_results(out)), sep="\n\n")
+        print(tables(_results(out)))
         return
     unknown = [name for name in policies if name not in CANDIDATES]
     if unknown:
@@ -119,7 +120,9 @@ def evaluate(
         for task in tasks:
             for first in range(0, examples, batch):
                 indices = range(first, min(first + batch, examples))
-                missing = [(name, k) for name, k in runs if (task, name, k, first) not in done]
+                missing = [(name, k) for name, k in runs if (task, name, k, first, _digest(name, k)) not in done]
+                if task == "mass":
+                    missing = [(name, k) for name, k in missing if name != "full"]  # it selects nothing
                 progress.update(len(indices) * (len(runs) - len(missing)))
                 if not missing:
                     continue
@@ -127,18 +130,18 @@ def evaluate(
                 for name, k, figures in _answer(
                     network, params, questions, missing, length, progress, checkpoint, task
                 ):
-                    line = {"task": task, "policy": name, "k": k, "first": first, **figures}
+                    line = {"task": task, "policy": name, "k": k, "first": first, "knobs": _digest(name, k), **figures}
                     file.write(json.dumps(line) + "\n")
                     file.flush()
                     progress.update(len(indices))
-    print(markdown(_results(out)))
+    print(tables(_results(out)))
 
 
 def _results(out: Path) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()[1:]]
 
 
-def _resume(out: Path, config: dict[str, Any]) -> set[tuple[str, str, int, int]]:
+def _resume(out: Path, config: dict[str, Any]) -> set[tuple[str, str, int, int, str]]:
     """What stands in the file already; begins a new one if there is none."""
     if not out.exists() or not out.read_text():
         out.write_text(json.dumps({**provenance(), "config": config}) + "\n")
@@ -151,7 +154,12 @@ def _resume(out: Path, config: dict[str, Any]) -> set[tuple[str, str, int, int]]
     found = json.loads(lines[0])["config"]
     if found != config:
         raise ValueError(f"out={str(out)!r} holds results of {found}; expected {config}")
-    return {(line["task"], line["policy"], line["k"], line["first"]) for line in _results(out)}
+    return {(line["task"], line["policy"], line["k"], line["first"], line["knobs"]) for line in _results(out)}
+
+
+def _digest(name: str, k: int) -> str:
+    """Of the candidate with all its knobs: results of another one under the same name are not taken for its own."""
+    return hashlib.sha256(repr(CANDIDATES[name](k)).encode()).hexdigest()[:8]
 
 
 def _question(
@@ -213,11 +221,10 @@ def _scores(
 ) -> dict[str, list]:
     """Scores of the answers, the share of the dense policy's bytes that they read, and their lengths."""
     done = generate(network, params, prefilled, policy=policy, max_new_tokens=new_tokens, block=16)
-    right = [
-        score(question.example, checkpoint.text.decode(tokens))
-        for question, tokens in zip(questions, done.tokens, strict=True)
-        if question.example
-    ]
+    right = []
+    for question, tokens in zip(questions, done.tokens, strict=True):
+        assert question.example is not None
+        right.append(score(question.example, checkpoint.text.decode(tokens)))
     with np.errstate(invalid="ignore"):  # of an answer of one token, which no step decoded
         share = done.telemetry.kv_bytes_per_token() / done.telemetry.dense_kv_bytes_per_token()
     return {"score": right, "read": _rounded(share), "tokens": [len(tokens) for tokens in done.tokens]}
@@ -240,16 +247,22 @@ def _log_probs(
 def _mass(
     network: Llama, params: Params, prefilled: Prefilled, questions: list[Question], policy: Policy
 ) -> dict[str, list]:
-    """Mean attention mass on what a step attends, over the layers that select. Measuring it reads all keys."""
+    """Mean attention mass on the selections, over the steps and the layers that make one or take one over; a step that
+    attends everything counts by its selection. Measuring it reads all keys."""
     follows = jnp.array([question.follows for question in questions])
     scored = score_tokens(network, params, prefilled, follows, policy=policy, coverage=True)
     by_layer = np.asarray(scored.trace.coverage).mean(axis=0)
     selecting = ~np.isnan(by_layer).any(axis=1)
-    return {"mass": _rounded(by_layer[selecting].mean(axis=0)) if selecting.any() else [None] * len(questions)}
+    return {"mass": _rounded(by_layer[selecting].mean(axis=0))}
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
+
+
+def tables(results: Sequence[dict]) -> str:
+    """All that the results tell."""
+    return f"{markdown(results)}\n\n{by_distance(results)}"
 
 
 def by_distance(results: Sequence[dict]) -> str:
@@ -278,7 +291,7 @@ def _in_order(cells: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
 
 def markdown(results: Sequence[dict]) -> str:
     """Policies with their budgets as lines, tasks as columns: percent right or perplexity, then means over the tasks
-    that tell them: the attention mass on what a decode step read, and the share of the dense policy's bytes."""
+    that tell them: the attention mass of the selections, and the share of the dense policy's bytes."""
     cells: dict[tuple[str, int], dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for line in results:
         cell = cells[line["policy"], line["k"]]
@@ -290,7 +303,7 @@ def markdown(results: Sequence[dict]) -> str:
     titles = ["perplexity" if task == "novel" else task for task in tasks]
     counts = [max(len(cell[task]) for cell in cells.values()) for task in tasks]
     titles = [f"{title} ({count})" for title, count in zip(titles, counts, strict=True)]
-    lines = [f"| policy | k | {' | '.join(titles)} | attention mass | bytes read |", "|---" * (len(tasks) + 4) + "|"]
+    lines = [f"| policy | k | {' | '.join(titles)} | mass of selection | bytes read |", "|---" * (len(tasks) + 4) + "|"]
     for name, k in _in_order(cells):
         cell = cells[name, k]
         means = {of: 100 * np.mean(values) for of, values in cell.items() if values}

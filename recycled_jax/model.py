@@ -48,8 +48,8 @@ class Llama(nn.Module):
     `model.apply(params, tokens)` with tokens int32 `[batch, tokens]` gives float32 logits `[batch, tokens, vocab]`.
     Activations are `dtype`, parameters are created as `param_dtype`; norms, rotary angles and softmax sums are float32.
     `remat` recomputes each block in the backward pass instead of keeping its activations. `attention` is that of whole
-    sequences, for models trained with another than causal attention (`cca`); it has no parameters. How tokens are
-    decoded is a policy's affair.
+    sequences, for training with another than the causal one (`cca`, `recycled_attention`); it has no parameters. How
+    tokens are decoded is a policy's affair.
     """
 
     config: LlamaConfig

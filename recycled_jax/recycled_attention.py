@@ -82,7 +82,8 @@ class RecycledAttention:
         """Attention of every token; queries and keys come before rotation. Differentiable in all but the angles.
 
         One chunk attends at a time, over all tokens under a mask: logits for `stride` × tokens exist, forward and
-        backward, and the work is that of causal attention, or less.
+        backward. The products are those of causal attention and half of (chunks × stride)² more. The selections,
+        `chunks` × k slots for every row and kv head, are kept.
         """
         q, k = rope.rotate(bare_q, *angles), rope.rotate(bare_k, *angles)
         batch, heads, tokens, head_dim = q.shape
@@ -91,15 +92,19 @@ class RecycledAttention:
         if not self.chunks:
             return attended
         with jax.named_scope("attention/select"):
-            # one more than there are chunks: the last token of all is an anchor, too
+            # one more than there are chunks: the last token of all attends its own, if `anchor` says so
             selections = self._selections(lax.stop_gradient(q[:, :, prefix - 1 :: self.stride]), lax.stop_gradient(k))
         by_chunk = q[:, :, prefix:].reshape(batch, heads, self.chunks, self.stride, head_dim)
+
+        # In float32 outside of the chunks, so that their gradients are summed in float32.
+        wide_k, wide_v = k.astype(jnp.float32), v.astype(jnp.float32)
 
         @jax.checkpoint
         def attend(inputs):
             number, q, selection, own = inputs
             visible = self._visible(prefix + number * self.stride, selection, own, tokens)
-            return attend_gathered(by_kv_head(q, k.shape[1]), k, v, visible).reshape(q.shape)
+            keys, values = wide_k.astype(k.dtype), wide_v.astype(v.dtype)
+            return attend_gathered(by_kv_head(q, k.shape[1]), keys, values, visible).reshape(q.shape)
 
         with jax.named_scope("attention/chunks"):
             chunks = (jnp.arange(self.chunks), jnp.moveaxis(by_chunk, 2, 0), selections[:-1], selections[1:])
@@ -150,10 +155,10 @@ class RecycledAttention:
 
 def _ranks(selection: Int[Array, "batch kv_heads k"], *, tokens: int) -> Int[Array, "batch kv_heads {tokens}"]:
     """Where each token stands in a selection, -1 for those not in it."""
-    batch, kv_heads, k = selection.shape
-    rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-    nowhere = jnp.full((batch, kv_heads, tokens), -1)
-    # past the end: dropped
-    return nowhere.at[rows, heads, jnp.where(selection < 0, tokens, selection)].set(
-        jnp.arange(k)[None, None, :], mode="drop"
-    )
+
+    def of_head(slots: Int[Array, " k"]) -> Int[Array, " tokens"]:
+        places = jnp.where(slots < 0, tokens, slots)  # past the end: dropped
+        return jnp.full(tokens, -1).at[places].set(jnp.arange(slots.shape[0]), mode="drop")
+
+    # mapped, not indexed by row and head: rows and heads of other devices are then seen to be of no concern
+    return jax.vmap(jax.vmap(of_head))(selection)

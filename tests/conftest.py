@@ -3,8 +3,8 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the time of these tests is compilation: small programs, run once or twice. Not optimised and not split into
-# parts they take 40 % less of it.
+# Most of the time of these tests is compilation, of small programs that run once or twice: they are not optimised, as
+# those of users are, and not split into parts.
 _FAST = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{_FAST} {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"

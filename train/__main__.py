@@ -1,6 +1,7 @@
 """`python -m train --config configs/train/NAME.yaml [--stages … --data.texts …]`: one training run.
 
-Exit status: 0 done, or stopped by SIGTERM with a checkpoint; 2 bad input, with one line on standard error.
+Exit status: 0 done, or stopped by SIGTERM with a checkpoint; 2 bad input, or a loss that is not finite step after
+step, with one line on standard error.
 """
 
 import re
@@ -19,7 +20,7 @@ from train.loop import train
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         exported = train(parse(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if exported is not None:

@@ -13,7 +13,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +218,8 @@ def train(
     def step(weights, state, history, target):
         value, gradient = jax.value_and_grad(loss)(weights, history, target)
         updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(weights, updates), state, value
+        moved = cast(dict[str, jax.Array], optax.apply_updates(weights, updates))
+        return moved | {"decay": jnp.clip(moved["decay"], 0.01, 1.0)}, state, value
 
     rng = np.random.default_rng([seed, 2])
     pool, texts_read = [], 0

@@ -12,7 +12,7 @@ from train.config import TrainConfig
 from train.step import TrainState
 
 # the settings that change what a run computes; the others may differ when it is resumed
-_RESULTS = ("seed", "model", "data", "optimizer", "stages", "dtype")
+_RESULTS = ("seed", "model", "data", "optimizer", "stages", "dtype", "z_loss")
 
 
 class Checkpoints:

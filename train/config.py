@@ -144,7 +144,8 @@ class TrainConfig:
 
     Activations are `dtype`; parameters and optimiser moments are float32; the exported weights are `export_dtype`.
     `z_loss` times the squared log of the softmax's normaliser is added to the loss, which keeps logits from drifting
-    (PaLM, arXiv 2204.02311, section 5, with 1e-4).
+    (PaLM, arXiv 2204.02311, section 5, with 1e-4). Steps with a loss or a gradient that is not finite change nothing;
+    after `max_skipped` of them in a row the run ends with an error.
     """
 
     out: str = "runs/embedded"
@@ -164,15 +165,24 @@ class TrainConfig:
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     z_loss: float = 0.0
+    max_skipped: int = 10
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages=[] must have at least one stage")
         if self.model.recycled is not None:
             for stage in self.stages:
-                self.model.recycled.prefix(stage.length)
+                try:
+                    self.model.recycled.prefix(stage.length)
+                except ValueError as error:
+                    raise ValueError(f"stages: length={stage.length} with model.recycled: {error}") from error
         _check(self, "", ("seed", "z_loss"), at_least=0)
-        _check(self, "", ("save_every", "keep", "evaluate_every", "evaluate_examples", "log_every"), at_least=1)
+        _check(
+            self,
+            "",
+            ("save_every", "keep", "evaluate_every", "evaluate_examples", "log_every", "max_skipped"),
+            at_least=1,
+        )
 
     @property
     def steps(self) -> int:

@@ -83,8 +83,9 @@ def train(config: TrainConfig) -> Path | None:
                 state, metrics = step_fns[config.stage_at(step).accumulate](state, batch)
                 bar.update()
                 done = step + 1
-                if done % config.log_every == 0:
+                if done % config.log_every == 0 or done == config.steps:
                     log.write(done, metrics, batch, bar)
+                    _check_skipped(int(metrics.skipped), done, config)
                 if done == config.steps or done % config.evaluate_every == 0:
                     log.note(done, evaluation(state.params))
                 stopping = stop.asked and done < config.steps
@@ -129,6 +130,15 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
         eos_ids=(ids[EOS],),
         pad_id=ids[PAD],
     )
+
+
+def _check_skipped(skipped: int, step: int, config: TrainConfig) -> None:
+    if skipped >= config.max_skipped:
+        raise FloatingPointError(
+            f"step {step}: the loss or the gradient was not finite in the last {skipped} steps (max_skipped="
+            f"{config.max_skipped}); out={config.out!r} has the checkpoints from before, lower optimizer.learning_rate "
+            "and choose another out to begin again"
+        )
 
 
 def _check_batches(config: TrainConfig, mesh: Mesh) -> None:

@@ -22,19 +22,22 @@ from train.init import retrieval_init
 class TrainState:
     """Everything a resumed run needs but the data, which follow from `step`."""
 
-    step: jax.Array  # int32 []: optimiser steps taken
+    step: jax.Array  # int32 []: batches seen
+    skipped: jax.Array  # int32 []: how many of the last ones, without a gap, changed nothing
     params: Any
     optimizer: Any
 
 
 class Metrics(NamedTuple):
-    """Means over the batch of one step; `loss` is the weighted objective, in nats per token."""
+    """Means over the batch of one step; `loss` is the weighted objective, in nats per token. `skipped` counts the last
+    steps in a row that changed nothing, this one included."""
 
     loss: jax.Array
     text_loss: jax.Array
     answer_loss: jax.Array
     answer_accuracy: jax.Array
     gradient_norm: jax.Array
+    skipped: jax.Array
 
 
 def make_mesh(sizes: MeshSizes) -> Mesh:
@@ -80,7 +83,8 @@ def make_train_step(
 ):
     """`(state, batch) → (state, metrics)`, jitted with the state donated and rows spread over `data` and `fsdp`.
 
-    The gradient is summed over `accumulate` parts of the batch.
+    The gradient is summed over `accumulate` parts of the batch. Where it or the loss is not finite, the step changes
+    nothing but the counts.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -103,16 +107,23 @@ def make_train_step(
             (gradient, sums), _ = lax.scan(add, nothing, parts)
         weight = jnp.maximum(sums.weight, 1)
         gradient = jax.tree.map(lambda x: x / weight, gradient)
+        norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        changed = optax.apply_updates(state.params, updates), optimizer_state
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        params, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), changed, (state.params, state.optimizer)
+        )
+        skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = Metrics(
             sums.loss / weight,
             sums.text_loss / jnp.maximum(sums.text, 1),
             sums.answer_loss / jnp.maximum(sums.answers, 1),
             sums.right / jnp.maximum(sums.answers, 1),
-            gradient_norm=optax.tree.norm(gradient),
+            gradient_norm=norm,
+            skipped=skipped,
         )
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        return TrainState(state.step + 1, skipped, params, optimizer_state), metrics
 
     shardings = state_shardings(model, optimizer, mesh)
     return jax.jit(
@@ -152,7 +163,7 @@ def state_shardings(model: Llama, optimizer: optax.GradientTransformation, mesh:
     shapes = jax.eval_shape(lambda: _fresh(model, optimizer, 0))
     # an optimiser mirrors the parameter tree inside its own: a moment is known by the dict keys of its parameter
     moments = jax.tree.map_with_path(lambda path, _: of_param.get(_dict_keys(path), replicated), shapes.optimizer)
-    return replace(shapes, step=replicated, params=params, optimizer=moments)
+    return replace(shapes, step=replicated, skipped=replicated, params=params, optimizer=moments)
 
 
 def _dict_keys(path) -> tuple[str, ...]:
@@ -173,4 +184,5 @@ def _fresh(model: Llama, optimizer: optax.GradientTransformation, seed: int, ini
 
 
 def _at_first(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    nothing = jnp.zeros((), jnp.int32)
+    return TrainState(nothing, nothing, params, optimizer.init(params))

@@ -54,11 +54,15 @@ class ExponentialAverage(Predictor):
     decay: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay={self.decay} must be above 0 and at most 1 (all rows count alike)")
+        check_decay(self.decay)
 
     def predict(self, history, visible):
         return jnp.einsum("r,bhrp->bhp", row_weights(self.decay, history.shape[2]), history)
+
+
+def check_decay(decay: float) -> None:
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay={decay} must be above 0 and at most 1 (all rows count alike)")
 
 
 def row_weights(decay: float | Float[Array, ""], rows: int) -> Float[Array, " rows"]:
@@ -114,11 +118,13 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     """The network's weights, float32."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights={path!r} is not there; python -m train.attention_predictor makes such a file")
-    weights = {"decay": np.ones((), np.float32), **load_file(path)}
+    weights = load_file(path)
     shapes = {name: weight.shape for name, weight in weights.items()}
-    if shapes != WEIGHTS:
+    if {"decay": (), **shapes} != WEIGHTS:
         raise ValueError(f"weights={path!r} holds {shapes}, expected {WEIGHTS}")
-    return {name: weight.astype(np.float32) for name, weight in weights.items()}
+    decay = float(weights.pop("decay", np.ones(())))
+    check_decay(decay)
+    return {name: np.asarray(weight, np.float32) for name, weight in (*weights.items(), ("decay", decay))}
 
 
 @dataclass(frozen=True)

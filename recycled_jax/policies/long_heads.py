@@ -208,6 +208,7 @@ class LongHeadsPrefill(PrefillAttention):
 
         def read(number):
             place = lax.dynamic_index_in_dim(places, number, axis=3, keepdims=False)
+            place = place.reshape(-1, place.shape[-1])
             return turn(grouped, cosine[0, place], sine[0, place]), *cache.block(chunk.layer, number * width, width)
 
         def visible(number):
@@ -303,8 +304,7 @@ def attend_from(
     k, v = (gather_slots(x, flat) for x in (cache.keys(here.layer), cache.values(here.layer)))
     grouped = bare_q.reshape(batch, kv_heads, -1, 1, bare_q.shape[-1])
     q = jnp.broadcast_to(grouped, (*grouped.shape[:3], places, grouped.shape[-1]))
-    angles = rope.angles(config, seen_from.reshape(batch * kv_heads, places))
-    q = turn(q, *(part.reshape(batch, kv_heads, places, -1) for part in angles)).astype(k.dtype)
+    q = turn(q, *rope.angles(config, seen_from.reshape(-1, places))).astype(k.dtype)
     k = k.reshape(batch, kv_heads, places, width, -1)
     logits = jnp.einsum("bngxd,bnxud->bngxu", q, k, preferred_element_type=jnp.float32)
     logits = logits.reshape(*grouped.shape[:3], -1) * bare_q.shape[-1] ** -0.5
@@ -315,12 +315,11 @@ def attend_from(
 
 def turn(
     x: Float[Array, "batch kv_heads group queries head_dim"],
-    cosine: Float[Array, "batch kv_heads queries half"],
-    sine: Float[Array, "batch kv_heads queries half"],
+    cosine: Float[Array, "batch*kv_heads queries half"],
+    sine: Float[Array, "batch*kv_heads queries half"],
 ) -> Float[Array, "batch kv_heads group queries head_dim"]:
     """Queries turned by angles that differ from kv head to kv head."""
     batch, kv_heads, group, queries, head_dim = x.shape
-    cosine, sine = (part.reshape(batch * kv_heads, queries, -1) for part in (cosine, sine))
     return rope.rotate(x.reshape(batch * kv_heads, group, queries, head_dim), cosine, sine).reshape(x.shape)
 
 

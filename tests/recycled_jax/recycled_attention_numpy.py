@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def allowed(q, k, *, stride, chunks, budget, pool, anchor, evict):
+def allowed(q, k, *, stride, chunks, budget, pool, anchor, evict, reduce):
     """bool `[heads, tokens, tokens]`, for one row: `q` and `k` are `[heads or kv heads, tokens, head_dim]`."""
     heads, tokens, _ = q.shape
     group = heads // len(k)
@@ -12,7 +12,8 @@ def allowed(q, k, *, stride, chunks, budget, pool, anchor, evict):
     for kv_head in range(len(k)):
         of_group = slice(kv_head * group, (kv_head + 1) * group)
         sets = [
-            _selection(q[of_group, at], k[kv_head, : at + 1], budget, pool) for at in range(prefix - 1, tokens, stride)
+            _selection(q[of_group, at], k[kv_head, : at + 1], budget, pool, reduce)
+            for at in range(prefix - 1, tokens, stride)
         ]
         for chunk in range(chunks):
             start = prefix + chunk * stride
@@ -30,11 +31,11 @@ def allowed(q, k, *, stride, chunks, budget, pool, anchor, evict):
     return mask
 
 
-def _selection(q, k, budget, pool):
+def _selection(q, k, budget, pool, reduce):
     """The tokens that the last one selects, strongest first, itself before all others."""
     logits = q @ k.T / np.sqrt(q.shape[-1])
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    scores = (p / p.sum(axis=1, keepdims=True)).max(axis=0)[:-1]
+    scores = reduce(p / p.sum(axis=1, keepdims=True), axis=0)[:-1]
     half = pool // 2
     pooled = [scores[max(0, at - half) : at + half + 1].max() for at in range(len(scores))]
     best = sorted(range(len(scores)), key=lambda at: (-pooled[at], at))

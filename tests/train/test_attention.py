@@ -91,7 +91,7 @@ def test_a_model_attends_in_one_way_only():
 
 
 def test_sequences_have_room_for_the_chunks():
-    with pytest.raises(ValueError, match=r"a sequence of 40 tokens has no prefix before chunks=4 of stride=10"):
+    with pytest.raises(ValueError, match=r"stages: length=40 with model.recycled: .* no prefix before chunks=4"):
         TrainConfig(
             model=ModelSizes(recycled=RecycledAttention(16, 10, 4)), stages=(Stage(length=40, batch=1, steps=1),)
         )

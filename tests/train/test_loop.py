@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -15,7 +16,9 @@ import pytest
 from recycled_jax.hf import load_hf
 from recycled_jax.tokenizer import load_tokenizer
 from tests.train import tiny_run
+from train.checkpoint import Checkpoints
 from train.config import Data, Mesh, Optimizer, Stage, TrainConfig
+from train.data import RetrievalMixture
 from train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +132,21 @@ def test_a_run_that_never_began_can_be_corrected(finished, tmp_path):
     train(config)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
     assert metrics(config) == metrics(finished)
+
+
+def test_a_run_whose_loss_is_never_finite_ends_with_its_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(tiny_run.config(tmp_path), max_skipped=2)
+    mixture_batch = RetrievalMixture.batch
+
+    def batch(self, step, stage):
+        made = mixture_batch(self, step, stage)
+        return made if step < 4 else made._replace(weights=np.full_like(made.weights, np.inf))
+
+    monkeypatch.setattr(RetrievalMixture, "batch", batch)
+    with pytest.raises(FloatingPointError, match=r"step 6: the loss or .* not finite in the last 2 steps"):
+        train(config)
+    with closing(Checkpoints(config)) as checkpoints:
+        assert checkpoints.step == 3
 
 
 def test_batches_that_the_mesh_cannot_share(tmp_path):

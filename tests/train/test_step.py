@@ -78,9 +78,22 @@ def test_z_loss_adds_the_squared_normaliser():
     np.testing.assert_allclose(with_z[1:4], plain[1:4])
 
 
+def test_a_step_that_is_not_finite_changes_nothing():
+    good = batch()
+    broken = good._replace(weights=np.where(np.arange(24) == 5, np.inf, good.weights).astype(np.float32))
+    before, _ = run(ADAMW, ONE, [good])
+    after, history = run(ADAMW, ONE, [good, broken, broken, good, broken])
+    assert [int(metrics[-1]) for metrics in history] == [0, 1, 2, 0, 1]
+    two_good, _ = run(ADAMW, ONE, [good, good])
+    assert int(after.step) == 5 and int(two_good.step) == 2
+    jax.tree.map(np.testing.assert_array_equal, after.params, two_good.params)
+    jax.tree.map(np.testing.assert_array_equal, after.optimizer, two_good.optimizer)
+    assert not np.array_equal(before.params["params"]["embed_tokens"], after.params["params"]["embed_tokens"])
+
+
 def test_loss_falls_on_a_fixed_batch():
     _, history = run(ADAMW, ONE, [batch()] * STEPS)
-    loss, text_loss, answer_loss, answer_accuracy, gradient_norm = history.T
+    loss, text_loss, answer_loss, answer_accuracy, gradient_norm, _ = history.T
     assert loss[0] == pytest.approx(np.log(CONFIG.vocab), rel=0.02)
     assert loss[-1] < 0.5 * loss[0] and answer_loss[-1] < 0.5 * answer_loss[0] and text_loss[-1] < text_loss[0]
     assert answer_accuracy[-1] > answer_accuracy[0] + 0.3

@@ -49,8 +49,8 @@ def at_step(number: int, event: Callable[[], None]) -> Iterator[None]:
     """Calls `event` when a run begins its step `number`, counted from 1 where the run begins."""
     make_train_step = train.loop.make_train_step
 
-    def make(*arguments):
-        step_fn = make_train_step(*arguments)
+    def make(*arguments, **knobs):
+        step_fn = make_train_step(*arguments, **knobs)
         calls = iter(range(1, 1_000_000))
 
         def step(state, batch):

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from pallas_kernels import from_heads, gather_attention
 from recycled_jax.frame import Here, Token
-from recycled_jax.policies.attention_predictor import WEIGHTS, attention_predictor, read_weights
+from recycled_jax.policies.attention_predictor import WEIGHTS, attention_predictor, read_weights, row_weights
 from tests.recycled_jax.policies.attention_predictor_numpy import (
     ConvPredictor,
     NumpyAttentionPredictor,
@@ -74,6 +74,7 @@ def test_weights_of_the_papers_network_average_all_rows_alike(tmp_path):
     save_file(arrays, tmp_path / "papers.safetensors")
     ours, papers = (read_weights(str(tmp_path / f"{name}.safetensors")) for name in ("ours", "papers"))
     assert papers.keys() == ours.keys() and papers["decay"] == ours["decay"]
+    np.testing.assert_allclose(row_weights(papers["decay"], 7), np.full(7, 1 / 7), rtol=1e-6)
 
 
 class _BlocksOfThePreviousRow(NumpyPolicy):
@@ -174,5 +175,5 @@ def test_a_network_needs_weights_of_its_shape(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.safetensors' is not there; python -m train"):
         attention_predictor(predictor="cnn", weights=str(tmp_path / "none.safetensors"))
     save_file({"conv1": np.zeros((3, 3, 1, 8), np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"holds .*expected"):
+    with pytest.raises(ValueError, match=r"holds \{'conv1': \(3, 3, 1, 8\)\}, expected"):
         attention_predictor(predictor="cnn", weights=str(tmp_path / "other.safetensors"))
