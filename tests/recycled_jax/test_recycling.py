@@ -166,7 +166,7 @@ def test_a_padded_row_is_the_row_alone(name, knobs):
     for row, prompt in enumerate(RAGGED):
         alone = run(policy, rows=[prompt])
         assert together.tokens[row] == alone.tokens[0]
-        np.testing.assert_allclose(together.log_probs[row], alone.log_probs[0], atol=1e-5)
+        np.testing.assert_allclose(together.log_probs[row], alone.log_probs[0], atol=3e-5)
 
 
 def test_two_generations_in_a_row_share_nothing():
