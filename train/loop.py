@@ -144,11 +144,9 @@ def _check_skipped(skipped: int, step: int, config: TrainConfig) -> None:
 def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for stage in config.stages:
-        if stage.batch // stage.accumulate % shards:
-            raise ValueError(
-                f"stages: batch={stage.batch} in accumulate={stage.accumulate} parts must be a multiple of data x fsdp "
-                f"= {shards} devices"
-            )
+        if stage.batch % (shards * stage.accumulate):
+            parts = f" x accumulate={stage.accumulate}" if stage.accumulate > 1 else ""
+            raise ValueError(f"stages: batch={stage.batch} must be a multiple of data x fsdp = {shards} devices{parts}")
 
 
 def _tokenizer(path: Path, sentences: list[str], config: TrainConfig, *, resumed: bool) -> PreTrainedTokenizerFast:

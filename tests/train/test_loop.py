@@ -149,10 +149,18 @@ def test_a_run_whose_loss_is_never_finite_ends_with_its_last_good_checkpoint(tmp
         assert checkpoints.step == 3
 
 
-def test_batches_that_the_mesh_cannot_share(tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (Stage(96, batch=6, steps=1), "batch=6 must be a multiple of data x fsdp = 4 devices"),
+        (Stage(96, batch=4, steps=1, accumulate=2), "batch=4 .* 4 devices x accumulate=2"),
+    ],
+    ids=["whole", "in parts"],
+)
+def test_batches_that_the_mesh_cannot_share(tmp_path, stage, message):
     config = dataclasses.replace(tiny_run.config(tmp_path), mesh=Mesh(data=-1, tensor=2))
-    config = dataclasses.replace(config, stages=(*config.stages, Stage(length=96, batch=6, steps=1)))
-    with pytest.raises(ValueError, match="stages: batch=6 must be a multiple of data x fsdp = 4 devices"):
+    config = dataclasses.replace(config, stages=(*config.stages, stage))
+    with pytest.raises(ValueError, match=message):
         train(config)
     assert not (tmp_path / "run").exists()
 

@@ -74,7 +74,7 @@ def test_weights_of_the_papers_network_average_all_rows_alike(tmp_path):
     save_file(arrays, tmp_path / "papers.safetensors")
     ours, papers = (read_weights(str(tmp_path / f"{name}.safetensors")) for name in ("ours", "papers"))
     assert papers.keys() == ours.keys() and papers["decay"] == ours["decay"]
-    np.testing.assert_allclose(row_weights(papers["decay"], 7), np.full(7, 1 / 7), rtol=1e-6)
+    np.testing.assert_allclose(row_weights(float(papers["decay"]), 7), np.full(7, 1 / 7), rtol=1e-6)
 
 
 class _BlocksOfThePreviousRow(NumpyPolicy):
