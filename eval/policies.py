@@ -290,8 +290,8 @@ def _in_order(cells: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def markdown(results: Sequence[dict]) -> str:
-    """Policies with their budgets as lines, tasks as columns: percent right or perplexity, then means over the tasks
-    that tell them: the attention mass of the selections, and the share of the dense policy's bytes."""
+    """Policies with their budgets as lines, tasks as columns, each with the fewest examples of a line that has any:
+    percent right or perplexity, then means over the tasks that tell them: the attention mass of the selections, and the share of the dense policy's bytes."""
     cells: dict[tuple[str, int], dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for line in results:
         cell = cells[line["policy"], line["k"]]
@@ -301,7 +301,7 @@ def markdown(results: Sequence[dict]) -> str:
             cell[figure] += [value for value in line.get(figure, []) if value is not None]
     tasks = list(dict.fromkeys(line["task"] for line in results if line["task"] != "mass"))
     titles = ["perplexity" if task == "novel" else task for task in tasks]
-    counts = [max(len(cell[task]) for cell in cells.values()) for task in tasks]
+    counts = [min(len(cell[task]) for cell in cells.values() if cell[task]) for task in tasks]
     titles = [f"{title} ({count})" for title, count in zip(titles, counts, strict=True)]
     lines = [f"| policy | k | {' | '.join(titles)} | mass of selection | bytes read |", "|---" * (len(tasks) + 4) + "|"]
     for name, k in _in_order(cells):

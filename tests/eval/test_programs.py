@@ -66,7 +66,7 @@ def test_table_of_policies_by_hand():
         {"task": "mass", "policy": "recycled", "k": 4, "first": 0, "mass": [0.6, 0.7]},
     ]
     assert quality.markdown(results).splitlines() == [
-        "| policy | k | single (3) | perplexity (1) | mass of selection | bytes read |",
+        "| policy | k | single (2) | perplexity (1) | mass of selection | bytes read |",
         "|---|---|---|---|---|---|",
         "| full | 8 | 50 | 2.7 |  | 100 % |",
         "| recycled | 4 | 0 |  | 65 % | 30 % |",
