@@ -291,7 +291,8 @@ def _in_order(cells: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
 
 def markdown(results: Sequence[dict]) -> str:
     """Policies with their budgets as lines, tasks as columns, each with the fewest examples of a line that has any:
-    percent right or perplexity, then means over the tasks that tell them: the attention mass of the selections, and the share of the dense policy's bytes."""
+    percent right or perplexity, then means over the tasks that tell them: the attention mass of the selections, and the
+    share of the dense policy's bytes."""
     cells: dict[tuple[str, int], dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for line in results:
         cell = cells[line["policy"], line["k"]]
