@@ -48,7 +48,7 @@ CANDIDATES: dict[str, Callable[[int], Policy]] = {
     "stale-top-k": lambda k: make_policy("stale-top-k", k=k, delay=8, pool=7),
     "recycled-dynamic": lambda k: make_policy("recycled-dynamic", k=k, stride=4, threshold=0.95),
     "tidal": lambda k: make_policy("tidal", k=k, **_LAYERS),
-    "recycled-tidal": lambda k: make_policy("recycled-tidal", k=k, stride=8, **_LAYERS),
+    "recycled-tidal": lambda k: make_policy("recycled-tidal", k=k, stride=8, pool=7, **_LAYERS),
     "less-is-more": lambda k: make_policy("less-is-more", k=k, **_LAYERS),
     "long-heads": lambda k: make_policy("long-heads", k=k, chunk=min(k // 8, 256)),
     "snapkv": lambda k: make_policy("snapkv", k=k, window=min(32, k // 4), tail=0),
