@@ -28,6 +28,7 @@ from recycled_jax.frame import Prefilled
 from recycled_jax.generate import generate, read
 from recycled_jax.model import Llama
 from recycled_jax.policies import Policy, make_policy
+from recycled_jax.policies.attention_predictor import SHIPPED
 from recycled_jax.scoring import score_tokens
 from recycled_jax.tasks.retrieval import TASKS, Example, make_example, score
 
@@ -159,7 +160,8 @@ def _resume(out: Path, config: dict[str, Any]) -> set[tuple[str, str, int, int, 
 
 def _digest(name: str, k: int) -> str:
     """Of the candidate with all its knobs: results of another one under the same name are not taken for its own."""
-    return hashlib.sha256(repr(CANDIDATES[name](k)).encode()).hexdigest()[:8]
+    told = repr(CANDIDATES[name](k)).replace(str(SHIPPED.parent), "")  # wherever the package lies
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def _question(

@@ -1,6 +1,7 @@
 """The two evaluation programs, on a tiny random model."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,13 @@ def test_perplexity_by_distance_by_hand():
         "|---" * 10 + "|",
         "| snapkv | 4 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 | 2.000 |",
     ]
+
+
+def test_the_page_shows_the_tables_of_its_results():
+    docs = Path(__file__).parents[2] / "docs"
+    results = [json.loads(line) for line in (docs / "policies_quality.jsonl").read_text().splitlines()[1:]]
+    assert quality.markdown(results) in (docs / "policies_quality.md").read_text()
+    assert {line["policy"] for line in results} <= quality.CANDIDATES.keys()
 
 
 def test_table_by_hand():
