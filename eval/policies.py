@@ -1,7 +1,7 @@
 """Every policy on the same questions: `python -m eval.policies --out docs/policies_quality.jsonl --book NOVEL.txt`.
 
 Retrieval from long generated prose (one needle, one of eight, a chain of keys), the perplexity of the last 256 tokens
-of pieces of a novel, and the attention mass that their steps attend, for budgets that are shares of the context. All
+of pieces of a novel, and the attention mass of the selections there, for budgets that are shares of the context. All
 policies go on from the same prefill, and decode the same examples. One line of JSON per policy and batch of examples,
 after a line that says where they come from: a run that was interrupted goes on where it stopped, and one of another
 configuration is refused. `--table` prints the results as Markdown: means, and perplexities by distance from the prompt.
@@ -73,6 +73,7 @@ CANDIDATES: dict[str, Callable[[int], Policy]] = {
 SCORED = 256  # tokens of a piece of the novel whose probability counts; those before are its prompt
 STRETCH = 32  # tokens over which the figures of a piece are kept apart: later ones lie further from the prompt
 Task = Literal["single", "multikey", "chain", "novel", "mass"]
+OF_THE_NOVEL = ("novel", "mass")
 
 
 def _cheaper_refresh(scorer: dict[str, Any], k: int) -> Policy:
@@ -116,7 +117,7 @@ def evaluate(
     config = {"length": length, "examples": examples, "batch": batch, "seed": seed}
     done = _resume(out, config | {"model": model or "embedded", "book": book.name})
     runs = [(name, k) for name in policies for k in (budgets if name != "full" else [length])]
-    novel = encode(book.read_text(encoding="utf-8")) if {"novel", "mass"} & set(tasks) else []
+    novel = encode(book.read_text(encoding="utf-8")) if set(OF_THE_NOVEL) & set(tasks) else []
     with tqdm(total=len(tasks) * examples * len(runs), unit="example") as progress, out.open("a") as file:
         for task in tasks:
             for first in range(0, examples, batch):
@@ -167,7 +168,7 @@ def _digest(name: str, k: int) -> str:
 def _question(
     task: Task, index: int, length: int, seed: int, count: int, encode: Callable, novel: Sequence[int]
 ) -> Question:
-    if task not in ("novel", "mass"):
+    if task not in OF_THE_NOVEL:
         example = make_example(TASKS[task], length=length, seed=seed, index=index, encode=encode)
         return Question(encode(example.prompt), example)
     if len(novel) < length + count:
@@ -192,7 +193,7 @@ def _answer(
     for name, k in runs:
         policy = CANDIDATES[name](k)
         by_prefill[policy.prefill].append((policy, name, k))
-    new_tokens = SCORED if task in ("novel", "mass") else max(q.example.gen_tokens for q in questions if q.example)
+    new_tokens = SCORED if task in OF_THE_NOVEL else max(q.example.gen_tokens for q in questions if q.example)
     for alike in by_prefill.values():
         prefilled = read(
             network,

@@ -46,7 +46,7 @@ class RecycledAttention:
     evict: bool = False
 
     def __post_init__(self) -> None:
-        self.selector  # noqa: B018  (checks k and pool)
+        TopK(self.k, self.pool)  # refuses what cannot be
         check_group_reduction(self.group_reduction)
         if self.stride < 1:
             raise ValueError(f"stride={self.stride} must be at least 1 token")

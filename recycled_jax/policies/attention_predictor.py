@@ -122,9 +122,9 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
     shapes = {name: weight.shape for name, weight in weights.items()}
     if {"decay": (), **shapes} != WEIGHTS:
         raise ValueError(f"weights={path!r} holds {shapes}, expected {WEIGHTS}")
-    decay = float(weights.pop("decay", np.ones(())))
-    check_decay(decay)
-    return {name: np.asarray(weight, np.float32) for name, weight in (*weights.items(), ("decay", decay))}
+    weights = {"decay": np.ones(()), **weights}
+    check_decay(float(weights["decay"]))
+    return {name: weight.astype(np.float32) for name, weight in weights.items()}
 
 
 @dataclass(frozen=True)
