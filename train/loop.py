@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> Path | None:
             attention=config.model.cca or config.model.recycled or causal,
         )
         # what was trained with recycled attention decodes with any policy
-        evaluated = model if config.model.recycled is None else model.clone(attention=causal)
+        evaluated = model.clone(attention=config.model.cca or causal)
         evaluation = RetrievalEvaluation(
             evaluated, tokenizer, length=config.evaluate_length, examples=config.evaluate_examples, seed=config.seed + 1
         )
