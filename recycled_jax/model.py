@@ -5,20 +5,27 @@ at a time and brings its own attention, so a block is written once: `attention_i
 `attention_output` → `mlp`.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import causal_attention
 from recycled_jax import rope
 from recycled_jax.config import LlamaConfig
+from recycled_jax.sharding import RULES, constrain, partition_spec
 from recycled_jax.weights import layer_weights, model_weights
 
+ACTIVATIONS = ("batch", "tokens", "features")
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 LayerWeights = Mapping[str, Array]
+Remat = Literal["none", "dots", "full"]
 Angles = tuple[Float[Array, "#batch tokens half"], Float[Array, "#batch tokens half"]]
 # Attention of whole sequences from queries and keys before rotation, values, and the angles of their positions.
 SequenceAttention = Callable[
@@ -47,41 +54,51 @@ class Llama(nn.Module):
 
     `model.apply(params, tokens)` with tokens int32 `[batch, tokens]` gives float32 logits `[batch, tokens, vocab]`.
     Activations are `dtype`, parameters are created as `param_dtype`; norms, rotary angles and softmax sums are float32.
-    `remat` recomputes each block in the backward pass instead of keeping its activations. `attention` is that of whole
-    sequences, for training with another than the causal one (`cca`, `recycled_attention`); it has no parameters. How
-    tokens are decoded is a policy's affair.
+    `remat` says what the backward pass computes again instead of keeping it: `none`, everything of a block but its
+    products with weights (`dots`), or the block (`full`). `attention` is that of whole sequences, for training with
+    another than the causal one (`cca`, `recycled_attention`); it has no parameters. How tokens are decoded is a
+    policy's affair. Given a `mesh`, activations lie on it as `sharding.RULES` say.
     """
 
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
     attention: SequenceAttention = causal
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
         self,
         tokens: Int[Array, "batch tokens"],
         positions: Int[Array, "#batch tokens"] | None = None,
-    ) -> Float[Array, "batch tokens vocab"]:
-        """Logits of every next token. `positions` default to 0, 1, 2, …; they must increase along a row."""
+        head: Callable[[Mapping, LlamaConfig, Array], Any] | None = None,
+    ) -> Any:
+        """Logits of every next token. `positions` default to 0, 1, 2, …; they must increase along a row.
+
+        `head(weights, config, x)` makes something else of the last layer's output: `logits` of some of its tokens, or a
+        loss.
+        """
         weights = {
             name: self.param(name, weight.init, weight.shape, self.param_dtype)
             for name, weight in model_weights(self.config).items()
         }
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        x = embed(weights, tokens, self.dtype)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        x = constrain(embed(weights, tokens, self.dtype), ACTIVATIONS, self.mesh)
+        attention = self.attention if self.mesh is None else over_heads(self.attention, self.mesh, self.config)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # inferred from its default, 0, as int
             length=self.config.layers,
-        )(self.config, self.param_dtype, self.attention, name="layers")
+        )(self.config, self.param_dtype, attention, self.mesh, name="layers")
         x, _ = layers(x, rope.angles(self.config, positions))
-        return logits(weights, self.config, x)
+        return (head or logits)(weights, self.config, x)
 
 
 class Block(nn.Module):
@@ -90,6 +107,7 @@ class Block(nn.Module):
     config: LlamaConfig
     param_dtype: DTypeLike
     attention: SequenceAttention
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x, angles):
@@ -100,8 +118,29 @@ class Block(nn.Module):
         q, k, v = attention_inputs(w, self.config, x)
         with jax.named_scope("attention"):
             attended = self.attention(q, k, v, angles)
-        x = x + attention_output(w, attended)
-        return x + mlp(w, self.config, x), None
+        x = constrain(x + attention_output(w, attended), ACTIVATIONS, self.mesh)
+        return constrain(x + mlp(w, self.config, x), ACTIVATIONS, self.mesh), None
+
+
+def over_heads(attention: SequenceAttention, mesh: Mesh, config: LlamaConfig) -> SequenceAttention:
+    """`attention` with each device computing its rows and its heads, over all tokens.
+
+    Where the mesh has a `sequence` axis, tokens are exchanged for heads before and back after (DeepSpeed-Ulysses, arXiv
+    2309.14509): attentions need not know of it. Raises ValueError when the kv heads do not divide by `tensor` x
+    `sequence`.
+    """
+    heads = partition_spec(("batch", "attention_heads", "all_tokens", "head_dim"), mesh)
+    shards = math.prod(mesh.shape[name] for name in RULES["attention_heads"] if name in mesh.shape)
+    if config.kv_heads % shards:
+        raise ValueError(f"kv_heads={config.kv_heads} must be a multiple of tensor x sequence = {shards} of the mesh")
+
+    def sharded(q, k, v, angles):
+        rows = "batch" if angles[0].shape[0] > 1 else "one_row"
+        of_angles = partition_spec((rows, "all_tokens", "head_dim"), mesh)
+        specs = (heads, heads, heads, (of_angles, of_angles))
+        return jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, angles)
+
+    return sharded
 
 
 def embed(weights: Mapping, tokens: Int[Array, "batch tokens"], dtype) -> Float[Array, "batch tokens embed"]:

@@ -1,22 +1,30 @@
-"""Logical axes of the weights and the one table that lays them on a device mesh."""
+"""Logical axes of weights and activations, and the one table that lays them on a device mesh."""
 
 from collections.abc import Sequence
 
+import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from recycled_jax.config import LlamaConfig
 from recycled_jax.weights import map_weights
 
-# logical axis → mesh axis (None, or absent from the mesh: replicated)
-RULES: dict[str, str | tuple[str, ...] | None] = {
+# logical axis → mesh axes (none, or absent from the mesh: replicated)
+RULES: dict[str, tuple[str, ...]] = {
+    # weights
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "query_heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    # activations
     "batch": ("data", "fsdp"),
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "mlp": "tensor",
-    "query_heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
+    "one_row": (),
+    "tokens": ("sequence",),
+    "all_tokens": (),
+    "features": (),
+    "attention_heads": ("tensor", "sequence"),
 }
 
 
@@ -30,9 +38,7 @@ def partition_spec(axes: Sequence[str], mesh: Mesh) -> PartitionSpec:
     for axis in axes:
         if axis not in RULES:
             raise ValueError(f"logical axis {axis!r} has no rule, expected one of {', '.join(RULES)}")
-        rule = RULES[axis]
-        wanted = (rule,) if isinstance(rule, str) else rule or ()
-        present = tuple(name for name in wanted if name in mesh.axis_names)
+        present = tuple(name for name in RULES[axis] if name in mesh.axis_names)
         if used & set(present):
             raise ValueError(f"axes={tuple(axes)} would use mesh axis {sorted(used & set(present))} twice")
         used |= set(present)
@@ -57,3 +63,8 @@ def param_shardings(config: LlamaConfig, mesh: Mesh) -> dict:
         lambda weight: named_sharding(weight.axes, mesh),
         lambda weight: named_sharding(("layers", *weight.axes), mesh),
     )
+
+
+def constrain(x: jax.Array, axes: Sequence[str], mesh: Mesh | None) -> jax.Array:
+    """`x`, whose dimensions are the logical `axes`, laid out on `mesh` if there is one. Raises as `partition_spec`."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, named_sharding(axes, mesh))

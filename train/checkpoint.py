@@ -1,22 +1,32 @@
-"""Checkpoints of a run: the train state under `<out>/checkpoints/<step>`, written in the background, newest kept."""
+"""Checkpoints of a run: train state and place in the data, `<out>/checkpoints/<step>`, written in the background."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from train.batches import Positions, from_array, to_array
 from train.config import TrainConfig
 from train.step import TrainState
 
 # the settings that change what a run computes; the others may differ when it is resumed
-_RESULTS = ("seed", "model", "data", "optimizer", "stages", "dtype", "z_loss")
+_RESULTS = ("seed", "model", "data", "corpus", "optimizer", "stages", "dtype", "z_loss", "ema")
+
+
+class Saved(NamedTuple):
+    """Where a run stands after a step."""
+
+    state: TrainState
+    positions: Positions
 
 
 class Checkpoints:
-    """Saves and restores the train state of one run directory.
+    """Saves and restores where one run stands.
 
     `<out>/config.json` is the config of the checkpoints. Raises ValueError, naming a setting, when `out` has
     checkpoints of a run that would compute something else.
@@ -25,15 +35,21 @@ class Checkpoints:
     def __init__(self, config: TrainConfig):
         out = Path(config.out).absolute()
         out.mkdir(parents=True, exist_ok=True)
+        self._streams = config.corpus.streams if config.corpus else 0
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(config.keep)]
+        if config.keep_every is not None:
+            kept.append(policies.EveryNSteps(config.keep_every))
         self._checkpointer = ocp.training.Checkpointer(
             str(out / "checkpoints"),
             # the policies that orbax ships are annotated with another metadata class than its own protocol
-            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),  # pyright: ignore[reportArgumentType]
+            preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
         ours = json.loads(json.dumps(asdict(config)))
         if self.step is None:
-            (out / "config.json").write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+            if jax.process_index() == 0:
+                (out / "config.json").write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
             return
         theirs = json.loads((out / "config.json").read_text(encoding="utf-8"))
         for name, there, here in _differences(theirs, ours):
@@ -50,17 +66,27 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def restore(self, abstract: TrainState) -> TrainState | None:
+    def restore(self, abstract: TrainState) -> Saved | None:
         """The newest complete checkpoint, laid out as `abstract`; None when there is none."""
-        return None if self.step is None else self._checkpointer.load(self.step, abstract)
+        if self.step is None:
+            return None
+        loaded = self._checkpointer.load(self.step, self._tree(abstract, {}))
+        return Saved(loaded["state"], from_array(loaded["positions"]) if self._streams else {})
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Starts writing `state`; it may be donated to the next step as soon as this returns."""
-        self._checkpointer.save_async(step, state, overwrite=True)
+    def save(self, step: int, state: TrainState, positions: Positions) -> None:
+        """Starts writing; `state` may be donated to the next step as soon as this returns. An error of the save before
+        it is raised here."""
+        self._checkpointer.save_async(step, self._tree(state, positions), overwrite=True)
 
     def close(self) -> None:
         """Waits for writes under way."""
         self._checkpointer.close()
+
+    def _tree(self, state: TrainState, positions: Positions) -> dict[str, Any]:
+        tree: dict[str, Any] = {"state": state}
+        if self._streams:
+            tree["positions"] = np.asarray(to_array(positions, self._streams))
+        return tree
 
 
 def _differences(theirs: dict, ours: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

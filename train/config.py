@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from recycled_jax.cca import CCA
+from recycled_jax.model import Remat
 from recycled_jax.recycled_attention import RecycledAttention
 from recycled_jax.tasks.words import KEYS
 
@@ -101,6 +102,71 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Documents of a corpus. `path` is a glob pattern of files, `.txt` (a document each), `.jsonl` (a document a line)
+    or `.tfrecord` (of tf.Example), or `tfds:NAME` or `tfds:NAME:SPLIT`, a dataset that TensorFlow Datasets has
+    prepared. `field` holds the text, where there are fields. Documents are drawn from sources in proportion to `rate`.
+    """
+
+    path: str
+    field: str = "text"
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.rate > 0:
+            raise ValueError(f"corpus.sources: rate={self.rate} of {self.path!r} must be above 0")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text to train on. `packing`: documents one after the other (`concatenate`), or one document a row, cut to length,
+    without the shorter ones (`truncate`, as in the paper).
+
+    Rows come from `streams` streams of documents, each with its share of every source: a host reads those of its own
+    rows, so that there should be at least as many streams as hosts. What is read does not depend on the hosts. After
+    `max_corrupt` records that are empty or cannot be read the run ends.
+    """
+
+    sources: tuple[Source, ...]
+    packing: Literal["concatenate", "truncate"] = "concatenate"
+    streams: int = 1
+    shuffle: bool = True
+    max_corrupt: int = 100
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("corpus.sources=[] must have at least one source")
+        _check(self, "corpus.", ("streams",), at_least=1)
+        _check(self, "corpus.", ("max_corrupt",), at_least=0)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """After every `every` steps and after the last: `examples` questions of each retrieval task, `length` tokens long,
+    and with `texts` (UTF-8 files, held out from training) the perplexity of the last `scored` tokens of `examples`
+    pieces of `length` tokens, in full attention and as decoded with recycled attention, `k` tokens (1/8 of the length
+    if not given) selected anew at every one of `strides` steps.
+    """
+
+    every: int = 200
+    examples: int = 32
+    length: int = 1024
+    retrieval: bool = True
+    texts: tuple[str, ...] = ()
+    scored: int = 50
+    strides: tuple[int, ...] = (10, 25, 50)
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, "evaluation.", ("every", "examples", "length", "scored"), at_least=1)
+        for stride in self.strides:
+            if stride < 1 or self.scored % stride:
+                raise ValueError(f"evaluation.strides has {stride}, which must divide scored={self.scored}")
+        if self.scored >= self.length:
+            raise ValueError(f"evaluation.scored={self.scored} must be below length={self.length}")
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW or Muon (optax), linear warm-up over `warmup` steps, then by `schedule` to `final` of the peak rate. `b1`,
     `b2` and `eps` are AdamW's."""
@@ -131,9 +197,10 @@ class Mesh:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.tensor, self.sequence)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh={asdict(self)} must have sizes of at least 1, or -1 in one place")
 
@@ -142,7 +209,15 @@ class Mesh:
 class TrainConfig:
     """One run. `out` holds checkpoints, metrics and, at the end, the exported Hugging Face folder.
 
+    It trains on `corpus`, or on the retrieval mixture `data` if there is none. The newest `keep` checkpoints are kept,
+    and every one whose step is a multiple of `keep_every`. Metrics go to `metrics.jsonl`, and with `tensorboard` to
+    `tensorboard/`; a profile of the steps from `profile[0]` up to `profile[1]`, counted from 0, to `profile/`. With
+    `distributed` the run is one of many hosts, which find each other as `jax.distributed.initialize` does.
+
     Activations are `dtype`; parameters and optimiser moments are float32; the exported weights are `export_dtype`.
+    `remat` is what the backward pass computes again instead of keeping: `none`, everything but the products with
+    weights (`dots`), or all of a layer (`full`). With `ema`, evaluation and export are of the exponential average of
+    the parameters with that decay.
     `z_loss` times the squared log of the softmax's normaliser is added to the loss, which keeps logits from drifting
     (PaLM, arXiv 2204.02311, section 5, with 1e-4). Steps with a loss or a gradient that is not finite change nothing;
     after `max_skipped` of them in a row the run ends with an error.
@@ -152,19 +227,23 @@ class TrainConfig:
     seed: int = 0
     model: ModelSizes = field(default_factory=ModelSizes)
     data: Data = field(default_factory=Data)
+    corpus: Corpus | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
     optimizer: Optimizer = field(default_factory=Optimizer)
     mesh: Mesh = field(default_factory=Mesh)
     stages: tuple[Stage, ...] = (Stage(length=256, batch=16, steps=1000),)
     save_every: int = 200
     keep: int = 2
-    evaluate_every: int = 200
-    evaluate_examples: int = 32
-    evaluate_length: int = 1024
+    keep_every: int | None = None
     log_every: int = 10
+    tensorboard: bool = False
+    profile: tuple[int, int] | None = None
+    distributed: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     export_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: Remat = "none"
     z_loss: float = 0.0
+    ema: float = 0.0
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
@@ -180,9 +259,15 @@ class TrainConfig:
         _check(
             self,
             "",
-            ("save_every", "keep", "evaluate_every", "evaluate_examples", "log_every", "max_skipped"),
+            ("save_every", "keep", "log_every", "max_skipped"),
             at_least=1,
         )
+        if self.keep_every is not None:
+            _check(self, "", ("keep_every",), at_least=1)
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must be at least 0 and below 1")
+        if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
+            raise ValueError(f"profile={list(self.profile)} must be a first step and one after the last")
 
     @property
     def steps(self) -> int:

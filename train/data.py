@@ -39,6 +39,11 @@ class RetrievalMixture:
         prose = generated_sentences(np.random.default_rng([seed, 1]), 20_000)
         self._prose = self._encode([f" {sentence}" for sentence in prose])
 
+    @property
+    def positions(self) -> dict:
+        """Nothing: batches follow from their step."""
+        return {}
+
     def batch(self, step: int, stage: Stage) -> Batch:
         rng = np.random.default_rng([self.seed, 2, step])
         rows = [self._row(rng, stage) for _ in range(stage.batch)]

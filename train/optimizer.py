@@ -1,12 +1,15 @@
 """The optimiser: what an update does with a gradient, and how large it is at each step."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from recycled_jax.config import LlamaConfig
 from recycled_jax.weights import Weight, map_weights
 from train.config import Optimizer
+from train.step import TrainState
 
 
 def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
@@ -19,9 +22,35 @@ def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules([up, down], [warmup]) if warmup else down
 
 
-def make_optimizer(config: Optimizer, model: LlamaConfig, steps: int) -> optax.GradientTransformation:
+class Average(NamedTuple):
+    """The part of the optimiser's state that `averaged` looks for."""
+
+    params: Any
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """Keeps the exponential average of the parameters, as updated; the last of a chain."""
+
+    def update(updates, state: Average, params):
+        def moved(average, param, step):
+            return decay * average + (1 - decay) * (param + step)
+
+        return updates, Average(jax.tree.map(moved, state.params, params, updates))
+
+    # a copy: parameters and average are donated side by side
+    return optax.GradientTransformation(lambda params: Average(jax.tree.map(jnp.copy, params)), update)  # pyright: ignore[reportArgumentType]
+
+
+def averaged(state: TrainState) -> Any:
+    """The average of the parameters if the optimiser keeps one, else the parameters."""
+    return next((part.params for part in state.optimizer if isinstance(part, Average)), state.params)
+
+
+def make_optimizer(
+    config: Optimizer, model: LlamaConfig, steps: int, *, ema: float = 0.0
+) -> optax.GradientTransformation:
     """Clipping, then AdamW, or Muon for the layers' matrices with AdamW, without decay, for the rest. Vectors (norms,
-    biases) never decay."""
+    biases) never decay. With `ema`, the average of the parameters is kept too."""
     rate = learning_rate(config, steps)
     if config.name == "adamw":
         decaying = map_weights(model, _decays, _decays)
@@ -38,7 +67,8 @@ def make_optimizer(config: Optimizer, model: LlamaConfig, steps: int) -> optax.G
             consistent_rms=0.2,
             muon_weight_dimension_numbers=map_weights(model, lambda weight: None, _matrix_axes),
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+    last = [average_params(ema)] if ema else []
+    return optax.chain(optax.clip_by_global_norm(config.clip), update, *last)
 
 
 def _decays(weight: Weight) -> bool:

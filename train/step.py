@@ -1,7 +1,7 @@
 """The train step: state in, state out, compiled for a mesh."""
 
-from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,10 @@ import optax
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
-from recycled_jax.model import Llama, causal
-from recycled_jax.sharding import param_shardings
+from recycled_jax.model import Llama, causal, logits
+from recycled_jax.sharding import constrain, named_sharding, param_shardings
 from train.config import Mesh as MeshSizes
 from train.data import Batch
 from train.init import retrieval_init
@@ -42,7 +43,7 @@ class Metrics(NamedTuple):
 
 def make_mesh(sizes: MeshSizes) -> Mesh:
     """A mesh over all devices; one axis may be -1. Raises ValueError when the sizes do not divide the devices."""
-    shape = {"data": sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor}
+    shape = asdict(sizes)
     devices = jax.device_count()
     fixed = int(np.prod([size for size in shape.values() if size != -1]))
     if devices % fixed:
@@ -50,7 +51,7 @@ def make_mesh(sizes: MeshSizes) -> Mesh:
     resolved = [devices // fixed if size == -1 else size for size in shape.values()]
     if int(np.prod(resolved)) != devices:
         raise ValueError(f"mesh={shape} covers {int(np.prod(resolved))} devices, there are {devices}")
-    return jax.make_mesh(tuple(resolved), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(resolved), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
 class Sums(NamedTuple):
@@ -67,15 +68,27 @@ class Sums(NamedTuple):
 
 def loss_sums(model: Llama, params: Any, batch: Batch, z_loss: float = 0.0) -> Sums:
     """Next-token cross-entropies, weighted for `loss` (with `z_loss` times the squared log-normaliser)."""
-    logits = cast(jax.Array, model.apply(params, batch.tokens, batch.positions))[:, :-1]
-    targets, weights, answers = batch.tokens[:, 1:], batch.weights[:, 1:], batch.answers[:, 1:]
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    nll = normaliser - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    text = (weights > 0) & ~answers
-    right = jnp.argmax(logits, axis=-1) == targets
-    loss = jnp.sum((nll + z_loss * normaliser**2) * weights)
-    parts = (jnp.sum(x) for x in (weights, nll * text, text, nll * answers, right & answers, answers))
-    return Sums(loss, *parts)
+
+    def of_last_layer(weights, config, x) -> Sums:
+        # All tokens, so that they divide among devices as before; the last one predicts nothing.
+        values = constrain(logits(weights, config, x), ("batch", "tokens", "vocab"), model.mesh)
+        targets, weight, answers = (_next(field) for field in (batch.tokens, batch.weights, batch.answers))
+        normaliser = jax.nn.logsumexp(values, axis=-1)
+        # A sum over the vocabulary, and below its maximum: nothing else of the logits need cross devices.
+        is_target = lax.broadcasted_iota(jnp.int32, values.shape, 2) == targets[..., None]
+        of_target = jnp.sum(jnp.where(is_target, values, 0), axis=-1)
+        nll, right = normaliser - of_target, of_target >= jnp.max(values, axis=-1)
+        predicted = jnp.arange(targets.shape[1])[None, :] < targets.shape[1] - 1
+        text = (weight > 0) & ~answers & predicted
+        loss = jnp.sum((nll + z_loss * normaliser**2) * weight)
+        return Sums(loss, *(jnp.sum(x) for x in (weight, nll * text, text, nll * answers, right & answers, answers)))
+
+    return model.apply(params, batch.tokens, batch.positions, head=of_last_layer)  # pyright: ignore[reportReturnType]
+
+
+def _next(x: ArrayLike) -> jax.Array:
+    """What stands one token further on; zero behind the last."""
+    return jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1)))
 
 
 def make_train_step(
@@ -86,6 +99,7 @@ def make_train_step(
     The gradient is summed over `accumulate` parts of the batch. Where it or the loss is not finite, the step changes
     nothing but the counts.
     """
+    model = model.clone(mesh=mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_of(params: Any, part: Batch):
@@ -172,12 +186,18 @@ def _dict_keys(path) -> tuple[str, ...]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return named_sharding(("batch", "tokens"), mesh)
+
+
+def spread(arrays: Any, mesh: Mesh) -> Any:
+    """Arrays of [batch, tokens], of which every host has at least the rows of its own devices, laid on the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)
 
 
 def _fresh(model: Llama, optimizer: optax.GradientTransformation, seed: int, init: str = "plain") -> TrainState:
     # attention has no parameters, and that of the run may ask for more than one token
-    params = model.clone(attention=causal).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
+    params = model.clone(attention=causal, mesh=None).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
     if init == "retrieval":
         params = retrieval_init(model.config, params, jax.random.key(seed + 1))
     return _at_first(optimizer, params)

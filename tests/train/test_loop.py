@@ -17,11 +17,12 @@ from recycled_jax.hf import load_hf
 from recycled_jax.tokenizer import load_tokenizer
 from tests.train import tiny_run
 from train.checkpoint import Checkpoints
-from train.config import Data, Mesh, Optimizer, Stage, TrainConfig
+from train.config import Data, Evaluation, Mesh, Optimizer, Stage, TrainConfig
 from train.data import RetrievalMixture
 from train.loop import train
 
 ROOT = Path(__file__).parents[2]
+SPEED = ("tokens_per_second", "seconds_per_step")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def finished(tmp_path_factory) -> TrainConfig:
 def metrics(config: TrainConfig) -> list[dict]:
     """The logged lines, without how fast they were computed."""
     lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
 
 
 def test_metrics_of_a_run(finished):
@@ -125,8 +126,8 @@ def test_refuses_the_folder_of_another_run(finished, change, message):
 
 def test_a_run_that_never_began_can_be_corrected(finished, tmp_path):
     config = tiny_run.config(tmp_path)
-    wrong = dataclasses.replace(config, seed=5, evaluate_length=20)
-    with pytest.raises(ValueError, match="length=20 is too short"):
+    wrong = dataclasses.replace(config, seed=5, evaluation=Evaluation(length=60))
+    with pytest.raises(ValueError, match="length=60 is too short"):
         train(wrong)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 5
     train(config)

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType
 
 from recycled_jax.config import LlamaConfig
-from recycled_jax.model import Llama
+from recycled_jax.model import Llama, causal
+from recycled_jax.recycled_attention import RecycledAttention
 from train.config import Mesh, Optimizer
 from train.data import Batch
 from train.optimizer import learning_rate, make_optimizer
@@ -33,8 +34,8 @@ def batch(seed: int = 0) -> Batch:
     return Batch(tokens.astype(np.int32), positions.astype(np.int32), weights.astype(np.float32), answers)
 
 
-def run(optimizer: Optimizer, mesh, batches, init: str = "plain", **knobs):
-    model = Llama(CONFIG)
+def run(optimizer: Optimizer, mesh, batches, init: str = "plain", attention=causal, **knobs):
+    model = Llama(CONFIG, attention=attention)
     transformation = make_optimizer(optimizer, CONFIG, STEPS)
     state = init_state(model, transformation, mesh, seed=0, init=init)
     step = make_train_step(model, transformation, mesh, **knobs)
@@ -43,6 +44,23 @@ def run(optimizer: Optimizer, mesh, batches, init: str = "plain", **knobs):
         state, metrics = step(state, one)
         history.append(jax.device_get(metrics))
     return state, np.asarray(history)
+
+
+def with_sequence(attention=causal):
+    """Four batches on one device, and where tokens are spread over devices too."""
+    batches = [batch(seed) for seed in range(4)]
+    _, expected = run(ADAMW, ONE, batches, attention=attention)
+    return run(ADAMW, make_mesh(Mesh(data=2, fsdp=2, sequence=2)), batches, attention=attention)[1], expected
+
+
+@pytest.mark.parametrize("attention", [causal, RecycledAttention(k=6, stride=4, chunks=3)], ids=["causal", "recycled"])
+def test_tokens_over_devices(attention):
+    np.testing.assert_allclose(*with_sequence(attention), rtol=1e-5)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"kv_heads=2 must be a multiple of tensor x sequence = 4"):
+        run(ADAMW, make_mesh(Mesh(data=2, tensor=2, sequence=2)), [batch()])
 
 
 @pytest.mark.parametrize(("optimizer", "init"), [(ADAMW, "plain"), (MUON, "retrieval")], ids=["adamw", "muon"])
@@ -121,7 +139,7 @@ def test_state_is_donated():
 
 
 def test_mesh_takes_all_devices():
-    assert dict(make_mesh(Mesh()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(Mesh()).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
     assert dict(make_mesh(Mesh(data=2, fsdp=-1, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import train.data
 import train.loop
+import train.start
 from recycled_jax.tasks.prose import generated_sentences
-from train.config import Data, ModelSizes, Optimizer, Stage, TrainConfig
+from train.config import Data, Evaluation, ModelSizes, Optimizer, Stage, TrainConfig
 
 
 def config(folder: Path) -> TrainConfig:
@@ -28,9 +29,7 @@ def config(folder: Path) -> TrainConfig:
         optimizer=Optimizer(name="adamw", warmup=2),
         stages=(Stage(length=96, batch=8, steps=4, facts=2), Stage(length=160, batch=8, steps=5, facts=3)),
         save_every=3,
-        evaluate_every=6,
-        evaluate_examples=1,
-        evaluate_length=320,
+        evaluation=Evaluation(every=6, examples=1, length=320),
         log_every=1,
     )
 
@@ -40,7 +39,7 @@ def little_text(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
     """Runs use `tokenizer` instead of training one, and tokenize 300 generated sentences instead of 20,000."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.data, "generated_sentences", lambda rng, count: generated_sentences(rng, min(count, 300)))
-        patch.setattr(train.loop, "train_tokenizer", lambda sentences, merges: tokenizer)
+        patch.setattr(train.start, "train_tokenizer", lambda sentences, merges: tokenizer)
         yield
 
 
