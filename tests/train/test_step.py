@@ -140,7 +140,7 @@ def test_state_is_donated():
 
 def test_mesh_takes_all_devices():
     assert dict(make_mesh(Mesh()).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
-    assert dict(make_mesh(Mesh(data=2, fsdp=-1, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(Mesh(data=2, fsdp=-1, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
 
 
 @pytest.mark.parametrize(
