@@ -1,6 +1,6 @@
-"""One process of a run on two hosts of four devices each: `python -m tests.train.many_hosts FOLDER TOKENIZER PORT INDEX`.
+"""One process of a run on two hosts: `python -m tests.train.many_hosts FOLDER TOKENIZER PORT INDEX [STEP]`.
 
-With a step number as the last argument, the process kills itself when it begins that step.
+When it begins step STEP, the process kills itself.
 """
 
 import dataclasses
@@ -9,18 +9,17 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4"
-
 from transformers import AutoTokenizer
 
 from tests.train import tiny_run
-from train.config import Distributed, Mesh, TrainConfig
+from train.config import Distributed, Evaluation, Mesh, TrainConfig
 from train.loop import train
 
 
 def config(folder: Path) -> TrainConfig:
-    """Rows, weights and tokens of the tiny run spread over all of its devices."""
-    return dataclasses.replace(tiny_run.config(folder), mesh=Mesh(data=2, fsdp=2, sequence=2))
+    """Rows, weights and tokens of the tiny run spread over all of its devices; not evaluated."""
+    unmeasured = Evaluation(retrieval=False)
+    return dataclasses.replace(tiny_run.config(folder), mesh=Mesh(data=2, fsdp=2, sequence=2), evaluation=unmeasured)
 
 
 if __name__ == "__main__":
