@@ -35,6 +35,7 @@ class Checkpoints:
     def __init__(self, config: TrainConfig):
         out = Path(config.out).absolute()
         out.mkdir(parents=True, exist_ok=True)
+        self._folder, self._writing = config.out, None
         self._streams = config.corpus.streams if config.corpus else 0
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(config.keep)]
@@ -74,13 +75,29 @@ class Checkpoints:
         return Saved(loaded["state"], from_array(loaded["positions"]) if self._streams else {})
 
     def save(self, step: int, state: TrainState, positions: Positions) -> None:
-        """Starts writing; `state` may be donated to the next step as soon as this returns. An error of the save before
-        it is raised here."""
+        """Starts writing; `state` may be donated to the next step as soon as this returns.
+
+        Raises OSError when the save before it has failed.
+        """
+        self._finish()
         self._checkpointer.save_async(step, self._tree(state, positions), overwrite=True)
+        self._writing = step
 
     def close(self) -> None:
-        """Waits for writes under way."""
-        self._checkpointer.close()
+        """Waits for writes under way. Raises OSError when they fail."""
+        try:
+            self._finish()
+        finally:
+            self._checkpointer.close()
+
+    def _finish(self) -> None:
+        try:
+            self._checkpointer.wait()
+        except Exception as error:  # whatever the storage says; the run needs one sentence
+            reason = str(error).strip().partition("\n")[0]
+            raise OSError(
+                f"the checkpoint of step {self._writing} could not be written to {self._folder}: {reason}"
+            ) from error
 
     def _tree(self, state: TrainState, positions: Positions) -> dict[str, Any]:
         tree: dict[str, Any] = {"state": state}

@@ -206,13 +206,32 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Distributed:
+    """How the hosts of a run find each other (`jax.distributed.initialize`): `coordinator` is the host:port of the
+    first of `processes`, `process` the number of this one. All three are found out on Cloud TPU, Kubernetes and Slurm.
+    A host that is silent for `heartbeat` seconds counts as dead, and the others end.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    heartbeat: int = 60
+
+    def __post_init__(self) -> None:
+        _check(self, "distributed.", ("heartbeat",), at_least=1)
+        given = [value is not None for value in (self.coordinator, self.processes, self.process)]
+        if any(given) and not all(given):
+            raise ValueError("distributed needs coordinator, processes and process, or none of them")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run. `out` holds checkpoints, metrics and, at the end, the exported Hugging Face folder.
 
     It trains on `corpus`, or on the retrieval mixture `data` if there is none. The newest `keep` checkpoints are kept,
     and every one whose step is a multiple of `keep_every`. Metrics go to `metrics.jsonl`, and with `tensorboard` to
     `tensorboard/`; a profile of the steps from `profile[0]` up to `profile[1]`, counted from 0, to `profile/`. With
-    `distributed` the run is one of many hosts, which find each other as `jax.distributed.initialize` does.
+    `distributed` this is one of many processes of a run, usually on as many hosts.
 
     Activations are `dtype`; parameters and optimiser moments are float32; the exported weights are `export_dtype`.
     `remat` is what the backward pass computes again instead of keeping: `none`, everything but the products with
@@ -238,7 +257,7 @@ class TrainConfig:
     log_every: int = 10
     tensorboard: bool = False
     profile: tuple[int, int] | None = None
-    distributed: bool = False
+    distributed: Distributed | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"

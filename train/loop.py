@@ -26,8 +26,6 @@ from train.optimizer import averaged, make_optimizer
 from train.start import first_state, read_tokenizer, write_model_config, write_tokenizer
 from train.step import TrainState, abstract_state, make_mesh, make_train_step, spread
 
-HEARTBEAT = 60  # seconds after which a host that is silent counts as dead, and the others end
-
 
 def train(config: TrainConfig) -> Path | None:
     """Trains, and returns the exported Hugging Face folder `<out>/hf`; None when SIGTERM stopped it before the end.
@@ -35,8 +33,10 @@ def train(config: TrainConfig) -> Path | None:
     Resumes from the newest checkpoint in `out`; SIGTERM saves one and stops. Of many hosts, all call this, and `out` is
     a folder they share.
     """
-    if config.distributed:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+    if (hosts := config.distributed) is not None:
+        jax.distributed.initialize(
+            hosts.coordinator, hosts.processes, hosts.process, heartbeat_timeout_seconds=hosts.heartbeat
+        )
     out = Path(config.out)
     sentences = [sentence for path in config.data.texts for sentence in read_haystack(path, argument="data.texts")]
     mesh = make_mesh(config.mesh)

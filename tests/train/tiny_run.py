@@ -1,13 +1,16 @@
 """A run of nine steps that takes seconds; as a program, one that is killed in the middle of it."""
 
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -15,7 +18,7 @@ import train.data
 import train.loop
 import train.start
 from recycled_jax.tasks.prose import generated_sentences
-from train.config import Data, Evaluation, ModelSizes, Optimizer, Stage, TrainConfig
+from train.config import Corpus, Data, Evaluation, ModelSizes, Optimizer, Source, Stage, TrainConfig
 
 
 def config(folder: Path) -> TrainConfig:
@@ -31,6 +34,21 @@ def config(folder: Path) -> TrainConfig:
         save_every=3,
         evaluation=Evaluation(every=6, examples=1, length=320),
         log_every=1,
+    )
+
+
+def many_steps(folder: Path) -> TrainConfig:
+    """Four hundred steps on a corpus of a hundred documents, a checkpoint after every second one, nothing evaluated."""
+    folder.mkdir(exist_ok=True)
+    documents = [" ".join(generated_sentences(np.random.default_rng(i), 1 + i % 30)) for i in range(100)]
+    lines = [json.dumps({"text": document}) + "\n" for document in documents]
+    (folder / "documents.jsonl").write_text("".join(lines))
+    return replace(
+        config(folder),
+        corpus=Corpus((Source(str(folder / "documents.jsonl")),), streams=2),
+        stages=(Stage(length=96, batch=8, steps=400),),
+        evaluation=Evaluation(retrieval=False),
+        save_every=2,
     )
 
 
@@ -76,5 +94,9 @@ if __name__ == "__main__":
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with little_text(AutoTokenizer.from_pretrained(sys.argv[2])), at_step(6, die):
-        train.loop.train(run)
+    with little_text(AutoTokenizer.from_pretrained(sys.argv[2])):
+        if sys.argv[3:] == ["many"]:
+            train.loop.train(many_steps(Path(sys.argv[1])))
+        else:
+            with at_step(6, die):
+                train.loop.train(run)
