@@ -69,6 +69,9 @@ def train(config: TrainConfig) -> Path | None:
         batches = make_batches(config, mesh, tokenizer, sentences, saved.positions)
         tqdm.write(f"{parameter_count(model.config):,} parameters, {config.steps} steps, starting at step {first}")
         with closing(Log(config, model.config, first)) as log, closing(_Profile(config)) as profile:
+            if first == 0 and config.model.start is not None:  # what training is compared with
+                for score in scores:
+                    log.note(0, score(averaged(state)))
             for step, batch, positions in made_ahead(batches, config, first):
                 profile.before(step, state)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
