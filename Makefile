@@ -25,9 +25,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(RUN) pyright
 
-# Every operation and decode program through the TPU compiler, for four chips; a TPU is not needed. Writes docs/tpu_static.
+# Every operation and decode program through the TPU compiler, for four chips, and the train step of every config for a
+# pod; a TPU is not needed. Writes docs/tpu_static and docs/tpu_pods.
 tpu-check: $(STAMP) $(LIBTPU)
 	PYTHONPATH=$(LIBTPU) $(RUN) tpu_check
+	PYTHONPATH=$(LIBTPU) $(RUN) tpu_check.pods
 
 # One chip and the main operations, for continuous integration; writes nothing.
 tpu-check-short: $(STAMP) $(LIBTPU)

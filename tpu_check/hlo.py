@@ -124,10 +124,10 @@ def total(module: Module, cost_of: Callable[[str], Cost | None]) -> Cost:
         result = Cost()
         for instruction in module.computations.get(name, ()):
             if instruction.opcode == "while":
-                body, trips = of(instruction.attribute("body") or ""), _trips(module, instruction)
-                if trips is None:
+                body, count = of(instruction.attribute("body") or ""), trips(module, instruction)
+                if count is None:
                     body += Cost(unknown=(instruction.name,))
-                result += body.times(trips or 1)
+                result += body.times(count or 1)
             elif instruction.opcode == "conditional":
                 result += max((of(branch) for branch in instruction.branches), key=lambda c: c.bundles, default=Cost())
             elif instruction.opcode == "call":
@@ -148,13 +148,13 @@ def _prefetched(instruction: Instruction) -> int:
     return instruction.sizes[which]
 
 
-def _trips(module: Module, loop: Instruction) -> int | None:
+def trips(module: Module, loop: Instruction) -> int | None:
     """How often a while loop runs that counts from 0 to a constant, as `scan` does; None for any other."""
     condition = module.computations.get(loop.attribute("condition") or "", ())
     parts = {part.name: part for part in condition}
     for part in condition:
         if part.root and part.opcode == "compare" and "direction=LT" in part.text:
-            bound = parts.get(_operands(part)[1])
+            bound = parts.get(operands(part)[1])
             number = bound and bound.opcode == "constant" and re.match(r"(\d+)\)", bound.text)
             return int(number[1]) if number else None
     return None
@@ -192,7 +192,7 @@ def _written(module: Module, instruction: Instruction) -> Iterator[tuple[str, tu
         root = next((part for part in body.values() if part.root), None)
         if root is None:
             return
-        parts = _operands(root) if root.opcode == "tuple" else [root.name]
+        parts = operands(root) if root.opcode == "tuple" else [root.name]
         for part, dims in zip(parts, instruction.dims, strict=False):
             yield _maker(module, body, part), dims
     else:
@@ -202,8 +202,8 @@ def _written(module: Module, instruction: Instruction) -> Iterator[tuple[str, tu
 
 def _maker(module: Module, body: dict[str, Instruction], name: str) -> str:
     """The operation behind a name in a fused computation, seen through bitcasts and nested fusions."""
-    while name in body and body[name].opcode == "bitcast" and _operands(body[name]):
-        name = _operands(body[name])[0]
+    while name in body and body[name].opcode == "bitcast" and operands(body[name]):
+        name = operands(body[name])[0]
     if name not in body:
         return "parameter"
     if body[name].opcode == "fusion":
@@ -213,5 +213,6 @@ def _maker(module: Module, body: dict[str, Instruction], name: str) -> str:
     return body[name].opcode
 
 
-def _operands(instruction: Instruction) -> list[str]:
+def operands(instruction: Instruction) -> list[str]:
+    """The names of what an instruction takes."""
     return re.findall(r"%([\w.<>-]+)", instruction.text[: _balanced("(" + instruction.text) - 1])

@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tpu_check.chips import Chip
 from tpu_check.compile import Figures
@@ -51,22 +52,37 @@ def run(program: Program, chip: Chip) -> Row:
 
 def _compile(program: Program, chip: Chip, timeout: float, *, dumps: bool = False) -> Row | None:
     """None if it did not end in time."""
-    with tempfile.TemporaryDirectory(prefix="tpu_check_") as folder, _one_at_a_time():
+    with tempfile.TemporaryDirectory(prefix="tpu_check_") as folder:
         dump, out = Path(folder) / "dump", Path(folder) / "figures.json"
         dump.mkdir()
         to, what = f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_pass_label_regex=final.bundles"
         flags = f"{to} --xla_jf_dump_llo_text=true {what}" if dumps else ""
-        command = [sys.executable, "-m", "tpu_check.compile", chip.name, program.name, str(dump), str(out)]
-        environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
+        found = alone("tpu_check.compile", [chip.name, program.name, str(dump)], out, timeout, flags)
+    if found is None:
+        return None
+    return Row(program, chip, None, found) if isinstance(found, str) else Row(program, chip, Figures(**found))
+
+
+def alone(
+    module: str, arguments: Sequence[str], out: Path, timeout: float, flags: str = ""
+) -> dict[str, Any] | str | None:
+    """Runs `python -m MODULE ARGUMENTS OUT` with the TPU compiler, `flags` for it, and no other beside it.
+
+    Gives what is in the JSON file `out` then, a sentence if the process failed, None if it took more than `timeout`
+    seconds.
+    """
+    command = [sys.executable, "-m", module, *arguments, str(out)]
+    environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
+    with _one_at_a_time():
         try:
             done = subprocess.run(
                 command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=timeout
             )
         except subprocess.TimeoutExpired:
             return None
-        if done.returncode or not out.exists():
-            return Row(program, chip, None, _reason(done.returncode, done.stderr.decode(errors="replace")))
-        return Row(program, chip, Figures(**json.loads(out.read_text())))
+    if done.returncode or not out.exists():
+        return _reason(done.returncode, done.stderr.decode(errors="replace"))
+    return json.loads(out.read_text())
 
 
 @contextlib.contextmanager

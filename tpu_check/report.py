@@ -52,9 +52,9 @@ def markdown(rows: Sequence[Row], waivers: Sequence[Waiver]) -> str:
     parts.append(_chip_table(list(chips.values())))
     for operation in groups:
         lines = [row_line(row, verdicts(row, waivers)) for row in rows if row.program.operation == operation]
-        parts.append(f"## {operation}\n\n{_table(_COLUMNS, lines)}")
-    parts.append(_list("Limits broken", _judged(rows, waivers, "broken") + _failed(rows)))
-    parts.append(_list("Limits not kept, for a reason", _judged(rows, waivers, "excepted")))
+        parts.append(f"## {operation}\n\n{table(_COLUMNS, lines)}")
+    parts.append(bullets("Limits broken", _judged(rows, waivers, "broken") + _failed(rows)))
+    parts.append(bullets("Limits not kept, for a reason", _judged(rows, waivers, "excepted")))
     return "\n".join(parts)
 
 
@@ -92,13 +92,13 @@ def row_line(row: Row, judged: Sequence[Verdict]) -> list[str]:
         _label(row),
         row.chip.name,
         ", ".join(sorted({name.split("/")[1] for name in figures.implementations})) or "xla",
-        _bytes(figures.hbm_bytes),
+        size(figures.hbm_bytes),
         _number(figures.floor_us),
         at_least + _number(figures.hbm_us),
         at_least + _number(figures.bundle_us) if figures.bundles else "not known",
         f"{at_least}{ratio(figures):.2f}",
-        _bytes(figures.vmem),
-        _bytes(figures.temporaries),
+        size(figures.vmem),
+        size(figures.temporaries),
         str(len(figures.copies)),
         _summary(judged),
     ]
@@ -156,15 +156,17 @@ def _chip_table(chips: Sequence[Chip]) -> str:
     )
     options = [f"`{name}={value}` on {chip.name}" for chip in chips for name, value in chip.compiler_options.items()]
     told = f"\nCompiler options: {', '.join(options)}.\n" if options else ""
-    return f"{_table(head, lines)}\n{source}{told}"
+    return f"{table(head, lines)}\n{source}{told}"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
 
 
-def _list(title: str, items: Sequence[str]) -> str:
+def bullets(title: str, items: Sequence[str]) -> str:
+    """A section with a line for every item."""
     return f"## {title}\n\n" + ("".join(f"- {item}\n" for item in items) or "None.\n")
 
 
@@ -172,8 +174,9 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
+def size(count: int) -> str:
+    """Bytes, in three digits."""
+    for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= one:
+            return f"{count / one:.3g} {unit}"
     return f"{count} B"

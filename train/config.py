@@ -104,7 +104,7 @@ class Data:
 @dataclass(frozen=True)
 class Source:
     """Documents of a corpus. `path` is a glob pattern of files, `.txt` (a document each), `.jsonl` (a document a line)
-    or `.tfrecord` (of tf.Example), or `tfds:NAME` or `tfds:NAME:SPLIT`, a dataset that TensorFlow Datasets has
+    or `.tfrecord` (of tf.Example), or `tfds:NAME:VERSION` or `tfds:NAME:VERSION:SPLIT`, which TensorFlow Datasets has
     prepared. `field` holds the text, where there are fields. Documents are drawn from sources in proportion to `rate`.
     """
 

@@ -5,6 +5,7 @@ Nothing else in the repository needs seqio and TensorFlow, and here only a `Stre
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import json
 import os
@@ -74,7 +75,7 @@ class Stream:
         mixture = seqio.Mixture(
             "corpus",
             [(source.task, source.rate) for source in self._sources],
-            # with the seed that all have, streams would turn to the same source at the same time
+            # another seed for each stream, or all turn to the same source at the same time
             sample_fn=lambda datasets, rates, _: tf.data.Dataset.sample_from_datasets(datasets, rates, seed + index),
         )
         # with one seed for all, those that share out documents agree on their order
@@ -173,11 +174,9 @@ class _Documents:
         self._number = number
         self._files, self._parse = _open(source, shuffle)
         self.rate = source.rate
-        fields = {"source": tf.int32, "origin": tf.string, "raw": tf.string, "intact": tf.bool}
-        features = {
-            name: seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=dtype, rank=0)
-            for name, dtype in fields.items()
-        }
+        dtypes = {"source": tf.int32, "origin": tf.string, "raw": tf.string, "intact": tf.bool}
+        raw = seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, rank=0)
+        features = {name: dataclasses.replace(raw, dtype=dtype) for name, dtype in dtypes.items()}
         self.task = seqio.Task(f"source_{number}", cast(Any, self), features, shuffle_buffer_size=None)
 
     def num_input_examples(self, split: str) -> None:
@@ -224,20 +223,19 @@ def _open(source: Source, shuffle: bool) -> tuple[seqio.DataSource, Callable[[by
     kinds = {_kind(file): file for file in files}
     if len(kinds) != 1 or "" in kinds:
         raise ValueError(
-            f"corpus.sources: path={source.path!r} must match files of one kind, {', '.join(_KINDS)}; "
+            f"corpus.sources: path={source.path!r} must match files of one kind, {', '.join(_READ)}; "
             f"it matches {', '.join(sorted(kinds.values())) or 'no file'}"
         )
-    read, parse = _KINDS[kinds.popitem()[0]]
+    (kind,) = kinds
     patterns = [glob.escape(file) for file in files]  # seqio expands them once more
-    # files in turn, or one after the other
-    return seqio.FileDataSource(read, {_SPLIT: patterns}, cycle_length=16 if shuffle else 1), parse
+    return seqio.FileDataSource(_READ[kind], {_SPLIT: patterns}, cycle_length=16 if shuffle else 1), _PARSE[kind]
 
 
 def _open_tfds(source: Source, name: str, split: str) -> seqio.DataSource:
-    """A dataset that has been prepared; nothing is downloaded."""
+    """A dataset that has been prepared, its name with its version as seqio wants it; nothing is downloaded."""
     seqio.set_tfds_read_config_override(tfds.ReadConfig(add_tfds_id=True))
-    dataset = seqio.TfdsDataSource(name, splits={_SPLIT: split}, read_only=True)
     try:
+        dataset = seqio.TfdsDataSource(name, splits={_SPLIT: split}, read_only=True)
         features = dataset.tfds_dataset.info.features
         dataset.list_shards(_SPLIT)
     except Exception as error:  # whatever TFDS raises; the user needs one sentence
@@ -291,14 +289,11 @@ def _example_field(raw: bytes, field: str) -> str | None:
     return values[0].decode() if values else None
 
 
-_KINDS = {
-    ".txt": (_read_text, _plain),
-    ".jsonl": (_read_lines, _json_field),
-    ".tfrecord": (_read_tfrecord, _example_field),
-}
+_READ = {".txt": _read_text, ".jsonl": _read_lines, ".tfrecord": _read_tfrecord}
+_PARSE = {".txt": _plain, ".jsonl": _json_field, ".tfrecord": _example_field}
 
 
 def _kind(file: str) -> str:
-    """A key of `_KINDS`, or nothing. It may have the number of the file after it, as in `a.tfrecord-00000-of-00002`."""
+    """The format, or nothing. It may have the number of the file after it, as in `a.tfrecord-00000-of-00002`."""
     ending = re.search(r"(\.txt|\.jsonl|\.tfrecord)(-\d+-of-\d+)?$", file)
     return ending[1] if ending else ""
