@@ -23,6 +23,7 @@ from recycled_jax.sharding import RULES, constrain, partition_spec
 from recycled_jax.weights import layer_weights, model_weights
 
 ACTIVATIONS = ("batch", "tokens", "features")
+BY_TOKENS = ("batch", "kv_heads", "tokens", "head_dim")
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 LayerWeights = Mapping[str, Array]
 Remat = Literal["none", "dots", "full"]
@@ -138,7 +139,10 @@ def over_heads(attention: SequenceAttention, mesh: Mesh, config: LlamaConfig) ->
         rows = "batch" if angles[0].shape[0] > 1 else "one_row"
         of_angles = partition_spec((rows, "all_tokens", "head_dim"), mesh)
         specs = (heads, heads, heads, (of_angles, of_angles))
-        return jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, angles)
+        exchanging = jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+        # Said on both sides, or the compiler gathers the tokens before they are projected.
+        q, k, v = (constrain(x, BY_TOKENS, mesh) for x in (q, k, v))
+        return constrain(exchanging(q, k, v, angles), BY_TOKENS, mesh)
 
     return sharded
 

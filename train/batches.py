@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -85,6 +86,10 @@ def check_batches(config: TrainConfig, mesh: Mesh) -> None:
             raise ValueError(f"stages: batch={stage.batch} must be a multiple of corpus.streams={streams}")
         if stage.length % parts:
             raise ValueError(f"stages: length={stage.length} must be a multiple of sequence = {parts} devices")
+    if config.evaluation.length % parts:
+        raise ValueError(
+            f"evaluation.length={config.evaluation.length} must be a multiple of sequence = {parts} devices"
+        )
 
 
 class Made(NamedTuple):
@@ -101,6 +106,8 @@ def made_ahead(batches: Batches, config: TrainConfig, first: int) -> Iterator[Ma
     def make(step: int) -> Made:
         return Made(step, batches.batch(step, config.stage_at(step)), dict(batches.positions))
 
+    if first == config.steps:
+        return
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = pool.submit(make, first)
         for step in range(first, config.steps):
@@ -115,7 +122,9 @@ def to_array(positions: Positions, streams: int) -> np.ndarray:
     ours = np.zeros((streams, len(Position._fields)), np.int32)
     for index, position in positions.items():
         ours[index] = position
-    return np.max(np.atleast_3d(multihost_utils.process_allgather(ours)).reshape(-1, *ours.shape), axis=0)
+    if jax.process_count() == 1:
+        return ours
+    return np.max(multihost_utils.process_allgather(ours), axis=0)
 
 
 def from_array(array: np.ndarray) -> Positions:

@@ -1,10 +1,11 @@
 """Checkpoints of a run: train state and place in the data, `<out>/checkpoints/<step>`, written in the background."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -12,10 +13,12 @@ from orbax.checkpoint import v1 as ocp
 
 from train.batches import Positions, from_array, to_array
 from train.config import TrainConfig
+from train.corpus import Position
 from train.step import TrainState
 
 # the settings that change what a run computes; the others may differ when it is resumed
 _RESULTS = ("seed", "model", "data", "corpus", "optimizer", "stages", "dtype", "z_loss", "ema")
+_NOT_RESULTS = ("max_corrupt", "accumulate")
 
 
 class Saved(NamedTuple):
@@ -54,7 +57,7 @@ class Checkpoints:
             return
         theirs = json.loads((out / "config.json").read_text(encoding="utf-8"))
         for name, there, here in _differences(theirs, ours):
-            if name.split(".")[0] in _RESULTS:
+            if re.split(r"[.\[]", name)[0] in _RESULTS and name.split(".")[-1] not in _NOT_RESULTS:
                 self.close()
                 raise ValueError(
                     f"out={config.out!r} holds a run with another {name}: {there!r} there, {here!r} here; choose "
@@ -71,7 +74,8 @@ class Checkpoints:
         """The newest complete checkpoint, laid out as `abstract`; None when there is none."""
         if self.step is None:
             return None
-        loaded = self._checkpointer.load(self.step, self._tree(abstract, {}))
+        positions = np.zeros((self._streams, len(Position._fields)), np.int32)
+        loaded = self._checkpointer.load(self.step, self._tree(abstract, positions))
         return Saved(loaded["state"], from_array(loaded["positions"]) if self._streams else {})
 
     def save(self, step: int, state: TrainState, positions: Positions) -> None:
@@ -80,7 +84,8 @@ class Checkpoints:
         Raises OSError when the save before it has failed.
         """
         self._finish()
-        self._checkpointer.save_async(step, self._tree(state, positions), overwrite=True)
+        everywhere = to_array(positions, self._streams)
+        self._checkpointer.save_async(step, self._tree(state, everywhere), overwrite=True, force=True)
         self._writing = step
 
     def close(self) -> None:
@@ -89,6 +94,17 @@ class Checkpoints:
             self._finish()
         finally:
             self._checkpointer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        try:
+            self.close()
+        except OSError as failed:
+            if error is None:
+                raise
+            error.add_note(str(failed))  # what came first is what the user has to know
 
     def _finish(self) -> None:
         try:
@@ -99,17 +115,16 @@ class Checkpoints:
                 f"the checkpoint of step {self._writing} could not be written to {self._folder}: {reason}"
             ) from error
 
-    def _tree(self, state: TrainState, positions: Positions) -> dict[str, Any]:
-        tree: dict[str, Any] = {"state": state}
-        if self._streams:
-            tree["positions"] = np.asarray(to_array(positions, self._streams))
-        return tree
+    def _tree(self, state: TrainState, positions: np.ndarray) -> dict[str, Any]:
+        return {"state": state, "positions": positions} if self._streams else {"state": state}
 
 
-def _differences(theirs: dict, ours: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for name, here in ours.items():
-        there = theirs.get(name)
-        if isinstance(here, dict) and isinstance(there, dict):
-            yield from _differences(there, here, f"{prefix}{name}.")
-        elif there != here:
-            yield prefix + name, there, here
+def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key, here in ours.items():
+            yield from _differences(theirs.get(key), here, f"{name}.{key}" if name else key)
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for number, (there, here) in enumerate(zip(theirs, ours, strict=True)):
+            yield from _differences(there, here, f"{name}[{number}]")
+    elif theirs != ours:
+        yield name, theirs, ours

@@ -123,8 +123,9 @@ class Corpus:
     without the shorter ones (`truncate`, as in the paper).
 
     Rows come from `streams` streams of documents, each with its share of every source: a host reads those of its own
-    rows, so that there should be at least as many streams as hosts. What is read does not depend on the hosts. After
-    `max_corrupt` records that are empty or cannot be read the run ends.
+    rows, so that there should be at least as many streams as hosts. What is read does not depend on the hosts. Records
+    that are empty or cannot be read are left out; when there are more than `max_corrupt` in a stream, counted each time
+    it comes by them, the run ends.
     """
 
     sources: tuple[Source, ...]
@@ -159,6 +160,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         _check(self, "evaluation.", ("every", "examples", "length", "scored"), at_least=1)
+        if self.k is not None:
+            _check(self, "evaluation.", ("k",), at_least=1)
         for stride in self.strides:
             if stride < 1 or self.scored % stride:
                 raise ValueError(f"evaluation.strides has {stride}, which must divide scored={self.scored}")
@@ -274,6 +277,10 @@ class TrainConfig:
                     self.model.recycled.prefix(stage.length)
                 except ValueError as error:
                     raise ValueError(f"stages: length={stage.length} with model.recycled: {error}") from error
+        if self.model.cca is not None and self.evaluation.texts and self.evaluation.strides:
+            raise ValueError(
+                f"evaluation.strides={list(self.evaluation.strides)} must be [] with model.cca, a way to decode of its own"
+            )
         _check(self, "", ("seed", "z_loss"), at_least=0)
         _check(
             self,

@@ -4,8 +4,8 @@ Both are forward passes over whole sequences, so they run on the mesh that train
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,14 +25,21 @@ Score = Callable[[Any], Mapping[str, float]]  # of parameters
 
 
 def evaluations(
-    model: Llama, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, config: Evaluation, *, seed: int
+    model: Llama,
+    tokenizer: PreTrainedTokenizerFast,
+    mesh: Mesh,
+    config: Evaluation,
+    *,
+    seed: int,
+    recycled: RecycledAttention | None = None,
 ) -> Sequence[Score]:
-    """What `config` asks for. Raises ValueError where the texts or the length are too short for it."""
+    """What `config` asks for; `recycled` is what the model was trained with, if with that. Raises ValueError where the
+    texts or the length are too short."""
     asked: list[Score] = []
     if config.retrieval:
         asked.append(retrieval(model, tokenizer, mesh, config, seed=seed))
     if config.texts:
-        asked.append(perplexity(model, tokenizer, mesh, config))
+        asked.append(perplexity(model, tokenizer, mesh, config, recycled or RecycledAttention()))
     return asked
 
 
@@ -56,16 +63,18 @@ def retrieval(model: Llama, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, conf
     return score
 
 
-def perplexity(model: Llama, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, config: Evaluation) -> Score:
+def perplexity(
+    model: Llama, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, config: Evaluation, recycled: RecycledAttention
+) -> Score:
     """Perplexity of the last tokens of pieces of text, in full attention and as recycled decoding at each stride would
-    find it: with evicting selections and full refreshes, training's attention gives decoding's logits
-    (`recycled_jax.recycled_attention`)."""
+    find it, selecting as `recycled` does: with evicting selections and full refreshes, training's attention gives
+    decoding's logits (`recycled_jax.recycled_attention`)."""
     pieces = _pieces(tokenizer, config)
-    k = config.k or config.length // 8
+    k = config.length // 8 if config.k is None else config.k
     attentions: dict[str, SequenceAttention] = {"full": model.attention}
     for stride in config.strides:
         chunks = config.scored // stride
-        attentions[f"stride_{stride}"] = RecycledAttention(k, stride, chunks, anchor="full", evict=True)
+        attentions[f"stride_{stride}"] = replace(recycled, k=k, stride=stride, chunks=chunks, anchor="full", evict=True)
 
     def of_tokens(weights, config_, x):
         return logits(weights, config_, x[:, -config.scored - 1 : -1])
@@ -84,7 +93,7 @@ def perplexity(model: Llama, tokenizer: PreTrainedTokenizerFast, mesh: Mesh, con
 
     def score(params) -> dict[str, float]:
         return {
-            f"perplexity_{name}": math.exp(np.mean(_by_batch(functools.partial(nll, params), [pieces], mesh)))
+            f"perplexity_{name}": float(np.exp(np.mean(_by_batch(functools.partial(nll, params), [pieces], mesh))))
             for name, nll in programs.items()
         }
 
@@ -108,7 +117,9 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, config: Evaluation) -> np.ndarra
     begin = tokenizer("")["input_ids"]  # what the tokenizer puts before a text, if anything
     length = config.length - len(begin)
     if len(tokens) < length:
-        raise ValueError(f"evaluation.texts have {len(tokens)} tokens; expected at least length={config.length}")
+        raise ValueError(
+            f"evaluation.texts have {len(begin) + len(tokens)} tokens; expected at least length={config.length}"
+        )
     starts = np.linspace(0, len(tokens) - length, config.examples).astype(int)
     return np.stack([[*begin, *tokens[start : start + length]] for start in starts]).astype(np.int32)
 
@@ -130,7 +141,7 @@ def _question(
     example = make_example(task, length=length, seed=seed, index=index, encode=encode)
     prompt = encode(example.prompt)
     answer = [*tokenizer(example.gold, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    tokens = np.full(length, tokenizer.pad_token_id, np.int32)
+    tokens = np.full(length, tokenizer.eos_token_id, np.int32)
     tokens[: len(prompt) + len(answer)] = prompt + answer
     mask = np.zeros(length, bool)
     mask[len(prompt) : len(prompt) + len(answer)] = True

@@ -24,11 +24,14 @@ class Log:
         self._model, self._writes = model, jax.process_index() == 0
         self._since, self._step = time.perf_counter(), None
         self._bar = tqdm(total=config.steps, initial=first, unit="step", disable=None if self._writes else True)
-        self._tensorboard = _tensorboard(Path(config.out) / "tensorboard") if config.tensorboard else None
+        self._tensorboard = (
+            _tensorboard(Path(config.out) / "tensorboard") if config.tensorboard and self._writes else None
+        )
         if not self._writes:
             return
         path = Path(config.out) / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        # of a run that begins, there may be scores from before the first step of another one
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if first and path.exists() else []
         kept = path.with_suffix(".partial")
         kept.write_text("".join(line for line in lines if _step_of(line) <= first), encoding="utf-8")
         kept.replace(path)

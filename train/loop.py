@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -24,7 +25,7 @@ from train.evaluate import evaluations
 from train.log import Log
 from train.optimizer import averaged, make_optimizer
 from train.start import first_state, read_tokenizer, write_model_config, write_tokenizer
-from train.step import TrainState, abstract_state, make_mesh, make_train_step, spread
+from train.step import Metrics, TrainState, abstract_state, make_mesh, make_train_step, spread
 
 
 def train(config: TrainConfig) -> Path | None:
@@ -35,13 +36,17 @@ def train(config: TrainConfig) -> Path | None:
     """
     if (hosts := config.distributed) is not None:
         jax.distributed.initialize(
-            hosts.coordinator, hosts.processes, hosts.process, heartbeat_timeout_seconds=hosts.heartbeat
+            hosts.coordinator,
+            hosts.processes,
+            hosts.process,
+            heartbeat_timeout_seconds=hosts.heartbeat,
+            shutdown_timeout_seconds=hosts.heartbeat,  # of a host that has failed: what the others wait for it
         )
     out = Path(config.out)
     sentences = [sentence for path in config.data.texts for sentence in read_haystack(path, argument="data.texts")]
     mesh = make_mesh(config.mesh)
     check_batches(config, mesh)
-    with _StopOnSigterm() as stop, closing(Checkpoints(config)) as checkpoints:
+    with _StopOnSigterm() as stop, Checkpoints(config) as checkpoints:
         first = done = checkpoints.step or 0
         if first == 0 and jax.process_index() == 0:  # what lies there may be half written or of other settings
             write_tokenizer(out / "tokenizer", sentences, config)
@@ -56,7 +61,8 @@ def train(config: TrainConfig) -> Path | None:
         )
         # what was trained with recycled attention decodes with any policy
         evaluated = model.clone(attention=config.model.cca or causal)
-        scores = evaluations(evaluated, tokenizer, mesh, config.evaluation, seed=config.seed + 1)
+        asked, recycled = config.evaluation, config.model.recycled
+        scores = evaluations(evaluated, tokenizer, mesh, asked, seed=config.seed + 1, recycled=recycled)
         optimizer = make_optimizer(config.optimizer, model.config, config.steps, ema=config.ema)
         saved = checkpoints.restore(abstract_state(model, optimizer, mesh))
         if saved is None:
@@ -72,25 +78,32 @@ def train(config: TrainConfig) -> Path | None:
             if first == 0 and config.model.start is not None:  # what training is compared with
                 for score in scores:
                     log.note(0, score(averaged(state)))
+            before: tuple[int, Metrics] | None = None
             for step, batch, positions in made_ahead(batches, config, first):
                 profile.before(step, state)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = step_fns[config.stage_at(step).accumulate](state, spread(batch, mesh))
+                if before is not None:  # its figures are there by now: looking at them holds nothing up
+                    _check_skipped(*before, config)
                 log.advance()
                 done, last = step + 1, step + 1 == config.steps
+                before = done, metrics
                 if done % config.log_every == 0 or last:
                     log.write(done, metrics, *batch.tokens.shape)
-                    _check_skipped(int(metrics.skipped), done, config)
+                stopping = stop.asked_anywhere() and not last
+                saving = last or stopping or done % config.save_every == 0
+                if saving:
+                    _check_skipped(done, metrics, config)
+                if stopping:  # at once; there may not be time for more
+                    checkpoints.save(done, state, positions)
                 if last or done % config.evaluation.every == 0:
                     for score in scores:
                         log.note(done, score(averaged(state)))
                     log.restart_clock(done)
-                stopping = stop.asked_anywhere() and not last
-                # last of all: what is logged up to a checkpoint is not computed again by the run that resumes there
-                if last or stopping or done % config.save_every == 0:
-                    checkpoints.save(done, state, positions)
                 if stopping:
                     break
+                if saving:  # after the scores: what is logged up to a checkpoint is not computed again from there
+                    checkpoints.save(done, state, positions)
     if done < config.steps:
         tqdm.write(f"stopped at step {done} of {config.steps}; the same command goes on from there")
         return None
@@ -112,7 +125,8 @@ def _wait_for_others(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def _check_skipped(skipped: int, step: int, config: TrainConfig) -> None:
+def _check_skipped(step: int, metrics: Metrics, config: TrainConfig) -> None:
+    skipped = int(metrics.skipped)
     if skipped >= config.max_skipped:
         raise FloatingPointError(
             f"step {step}: the loss or the gradient was not finite in the last {skipped} steps (max_skipped="
@@ -148,6 +162,7 @@ class _StopOnSigterm:
 
     def __init__(self) -> None:
         self.asked = False
+        self._told: jax.Array | None = None
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGTERM, self._ask)
@@ -160,7 +175,13 @@ class _StopOnSigterm:
         self.asked = True
 
     def asked_anywhere(self) -> bool:
-        """Of any host; all hosts get the same answer, and have to ask."""
+        """Of any host. All hosts have to ask, and get the same answer: that of one call before, so that none waits for
+        the step under way."""
         if jax.process_count() == 1:
             return self.asked
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
+        every = Mesh(np.asarray(jax.devices()), ("device",))
+        told = jax.make_array_from_callback(
+            (jax.device_count(),), NamedSharding(every, PartitionSpec("device")), lambda _: np.array([self.asked])
+        )
+        before, self._told = self._told, jax.jit(jnp.any, out_shardings=NamedSharding(every, PartitionSpec()))(told)
+        return before is not None and bool(before)

@@ -21,7 +21,7 @@ from train.init import retrieval_init
 
 @struct.dataclass
 class TrainState:
-    """Everything a resumed run needs but the data, which follow from `step`."""
+    """Everything a resumed run needs but its place in the data."""
 
     step: jax.Array  # int32 []: batches seen
     skipped: jax.Array  # int32 []: how many of the last ones, without a gap, changed nothing
@@ -99,7 +99,7 @@ def make_train_step(
     The gradient is summed over `accumulate` parts of the batch. Where it or the loss is not finite, the step changes
     nothing but the counts.
     """
-    model = model.clone(mesh=mesh)
+    model, shardings = model.clone(mesh=mesh), state_shardings(model, optimizer, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_of(params: Any, part: Batch):
@@ -118,6 +118,7 @@ def make_train_step(
             parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
             shapes = jax.eval_shape(gradient_of, state.params, jax.tree.map(lambda x: x[0], parts))
             nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            nothing = lax.with_sharding_constraint(nothing[0], shardings.params), nothing[1]
             (gradient, sums), _ = lax.scan(add, nothing, parts)
         weight = jnp.maximum(sums.weight, 1)
         gradient = jax.tree.map(lambda x: x / weight, gradient)
@@ -139,7 +140,6 @@ def make_train_step(
         )
         return TrainState(state.step + 1, skipped, params, optimizer_state), metrics
 
-    shardings = state_shardings(model, optimizer, mesh)
     return jax.jit(
         step,
         in_shardings=(shardings, batch_sharding(mesh)),

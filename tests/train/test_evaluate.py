@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from recycled_jax.generate import read
 from recycled_jax.model import Llama
 from recycled_jax.policies import make_policy
+from recycled_jax.recycled_attention import RecycledAttention
 from recycled_jax.scoring import score_tokens
 from recycled_jax.tasks.prose import generated_sentences
 from tests.train.test_step import CONFIG
@@ -41,7 +42,7 @@ def model(tokenizer) -> tuple[Llama, dict]:
 
 def test_perplexities_are_those_of_decoding(model, tokenizer, held_out):
     network, params = model
-    found = perplexity(network, tokenizer, ONE, held_out)(params)
+    found = perplexity(network, tokenizer, ONE, held_out, RecycledAttention())(params)
     text = Path(*held_out.texts).read_text()
     begin = tokenizer("")["input_ids"]
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -75,14 +76,14 @@ def test_any_mesh_gives_the_same_scores(model, tokenizer, held_out):
 
 def test_too_little_text_is_refused(model, tokenizer, held_out):
     with pytest.raises(ValueError, match=r"evaluation.texts have \d+ tokens; expected at least length=9999"):
-        perplexity(model[0], tokenizer, ONE, dataclasses.replace(held_out, length=9999))
+        perplexity(model[0], tokenizer, ONE, dataclasses.replace(held_out, length=9999), RecycledAttention())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"strides": (5,)}, "evaluation.strides has 5, which must divide scored=12"),
-        ({"scored": 64}, "evaluation.scored=64 must be below length=64"),
+        ({"scored": 72}, "evaluation.scored=72 must be below length=64"),
         ({"examples": 0}, "evaluation.examples=0 must be at least 1"),
     ],
 )
