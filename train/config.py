@@ -279,7 +279,7 @@ class TrainConfig:
                     raise ValueError(f"stages: length={stage.length} with model.recycled: {error}") from error
         if self.model.cca is not None and self.evaluation.texts and self.evaluation.strides:
             raise ValueError(
-                f"evaluation.strides={list(self.evaluation.strides)} must be [] with model.cca, a way to decode of its own"
+                f"evaluation.strides={list(self.evaluation.strides)} must be [] with model.cca, which decodes as itself"
             )
         _check(self, "", ("seed", "z_loss"), at_least=0)
         _check(
