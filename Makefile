@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: install demo test bench lint types tpu-check tpu-check-short clean
+.PHONY: install demo test test-slow bench lint types tpu-check tpu-check-short clean
 
 install: $(STAMP)
 
@@ -14,6 +14,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) pytest -n auto
+
+# Runs that are killed, over and over: minutes.
+test-slow: $(STAMP)
+	$(RUN) pytest -m slow
 
 bench: $(STAMP)
 	$(RUN) eval.speed --out speed.json

@@ -39,10 +39,10 @@ def config(folder: Path) -> TrainConfig:
 
 def many_steps(folder: Path) -> TrainConfig:
     """Four hundred steps on a corpus of a hundred documents, a checkpoint after every second one, nothing evaluated."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     documents = [" ".join(generated_sentences(np.random.default_rng(i), 1 + i % 30)) for i in range(100)]
     lines = [json.dumps({"text": document}) + "\n" for document in documents]
-    (folder / "documents.jsonl").write_text("".join(lines))
+    write_once(folder / "documents.jsonl", "".join(lines))
     return replace(
         config(folder),
         corpus=Corpus((Source(str(folder / "documents.jsonl")),), streams=2),
@@ -50,6 +50,12 @@ def many_steps(folder: Path) -> TrainConfig:
         evaluation=Evaluation(retrieval=False),
         save_every=2,
     )
+
+
+def write_once(path: Path, text: str) -> None:
+    """The other process of a run may be reading it."""
+    if not path.exists():
+        path.write_text(text)
 
 
 @contextmanager
