@@ -165,6 +165,9 @@ class Evaluation:
         for stride in self.strides:
             if stride < 1 or self.scored % stride:
                 raise ValueError(f"evaluation.strides has {stride}, which must divide scored={self.scored}")
+        k = self.length // 8 if self.k is None else self.k
+        if self.texts and max(self.strides, default=0) > k:
+            raise ValueError(f"evaluation.strides has {max(self.strides)}, which must be at most the selection's k={k}")
         if self.scored >= self.length:
             raise ValueError(f"evaluation.scored={self.scored} must be below length={self.length}")
 
@@ -282,12 +285,7 @@ class TrainConfig:
                 f"evaluation.strides={list(self.evaluation.strides)} must be [] with model.cca, which decodes as itself"
             )
         _check(self, "", ("seed", "z_loss"), at_least=0)
-        _check(
-            self,
-            "",
-            ("save_every", "keep", "log_every", "max_skipped"),
-            at_least=1,
-        )
+        _check(self, "", ("save_every", "keep", "log_every", "max_skipped"), at_least=1)
         if self.keep_every is not None:
             _check(self, "", ("keep_every",), at_least=1)
         if not 0 <= self.ema < 1:

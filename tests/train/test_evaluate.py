@@ -84,6 +84,7 @@ def test_too_little_text_is_refused(model, tokenizer, held_out):
     [
         ({"strides": (5,)}, "evaluation.strides has 5, which must divide scored=12"),
         ({"scored": 72}, "evaluation.scored=72 must be below length=64"),
+        ({"texts": ("a.txt",), "k": 5}, "evaluation.strides has 6, which must be at most the selection's k=5"),
         ({"examples": 0}, "evaluation.examples=0 must be at least 1"),
     ],
 )
