@@ -90,9 +90,11 @@ def test_perplexity_by_distance_by_hand():
 
 def test_the_page_shows_the_tables_of_its_results():
     docs = Path(__file__).parents[2] / "docs"
-    results = [json.loads(line) for line in (docs / "policies_quality.jsonl").read_text().splitlines()[1:]]
-    assert quality.markdown(results) in (docs / "policies_quality.md").read_text()
-    assert {line["policy"] for line in results} <= quality.CANDIDATES.keys()
+    page = (docs / "policies_quality.md").read_text()
+    for file in ("policies_quality.jsonl", "long_heads_64k.jsonl"):
+        results = [json.loads(line) for line in (docs / file).read_text().splitlines()[1:]]
+        assert quality.markdown(results) in page
+        assert {line["policy"] for line in results} <= quality.CANDIDATES.keys()
 
 
 def test_table_by_hand():

@@ -65,10 +65,11 @@ def test_killed_ten_times_at_any_moment_is_the_same_run(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     config = tiny_run.many_steps(tmp_path)
     command = [sys.executable, "-m", "tests.train.tiny_run", str(tmp_path), str(tmp_path / "tokenizer"), "many"]
-    moments, reached = random.Random(0), []
+    moments, reached, metrics = random.Random(0), [], Path(config.out) / "metrics.jsonl"
     for _ in range(10):
+        before = metrics.stat().st_ino if metrics.exists() else 0
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for_a_step(child, Path(config.out) / "metrics.jsonl")
+        wait_for_a_step(child, metrics, before)
         time.sleep(moments.uniform(0, 1.5))
         child.kill()
         _, error = child.communicate()
@@ -79,8 +80,13 @@ def test_killed_ten_times_at_any_moment_is_the_same_run(tmp_path, tokenizer):
     assert losses(config) == losses(expected)
 
 
-def wait_for_a_step(child: subprocess.Popen, metrics: Path) -> None:
-    """Most of a run's time goes to imports and compilation, where nothing can go wrong."""
-    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    while child.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
+def wait_for_a_step(child: subprocess.Popen, metrics: Path, before: int) -> None:
+    """Most of a run's time goes to imports and compilation, where nothing can go wrong. It begins with a new file, so
+    another than `before`, of the metrics that count; what comes after is of its own steps."""
+    kept = None
+    while child.poll() is None:
+        if metrics.exists() and metrics.stat().st_ino != before:
+            kept = metrics.stat().st_size if kept is None else kept
+            if metrics.stat().st_size > kept:
+                return
         time.sleep(0.01)

@@ -38,7 +38,7 @@ def config(folder: Path) -> TrainConfig:
 
 
 def many_steps(folder: Path) -> TrainConfig:
-    """Four hundred steps on a corpus of a hundred documents, a checkpoint after every second one, nothing evaluated."""
+    """Two hundred steps on a corpus of a hundred documents, a checkpoint after every second one, nothing evaluated."""
     folder.mkdir(parents=True, exist_ok=True)
     documents = [" ".join(generated_sentences(np.random.default_rng(i), 1 + i % 30)) for i in range(100)]
     lines = [json.dumps({"text": document}) + "\n" for document in documents]
@@ -46,7 +46,7 @@ def many_steps(folder: Path) -> TrainConfig:
     return replace(
         config(folder),
         corpus=Corpus((Source(str(folder / "documents.jsonl")),), streams=2),
-        stages=(Stage(length=96, batch=8, steps=400),),
+        stages=(Stage(length=96, batch=8, steps=200),),
         evaluation=Evaluation(retrieval=False),
         save_every=2,
     )
