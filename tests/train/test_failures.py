@@ -59,7 +59,7 @@ def test_a_save_that_fails_stops_the_run_and_the_last_one_still_loads(tmp_path):
 
 @pytest.mark.slow
 def test_killed_ten_times_at_any_moment_is_the_same_run(tmp_path, tokenizer):
-    """Each time after a random while of steps and saves, which are every second step."""
+    """Each time after some steps, with a checkpoint after every second one, and a random moment more."""
     expected = tiny_run.many_steps(tmp_path / "whole")
     train(expected)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -69,8 +69,8 @@ def test_killed_ten_times_at_any_moment_is_the_same_run(tmp_path, tokenizer):
     for _ in range(10):
         before = metrics.stat().st_ino if metrics.exists() else 0
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for_a_step(child, metrics, before)
-        time.sleep(moments.uniform(0, 1.5))
+        wait_for_steps(child, metrics, before, moments.randint(1, 20))
+        time.sleep(moments.uniform(0, 0.3))
         child.kill()
         _, error = child.communicate()
         assert child.returncode == -signal.SIGKILL, error  # else it came to its end: it needs more steps
@@ -80,13 +80,14 @@ def test_killed_ten_times_at_any_moment_is_the_same_run(tmp_path, tokenizer):
     assert losses(config) == losses(expected)
 
 
-def wait_for_a_step(child: subprocess.Popen, metrics: Path, before: int) -> None:
-    """Most of a run's time goes to imports and compilation, where nothing can go wrong. It begins with a new file, so
-    another than `before`, of the metrics that count; what comes after is of its own steps."""
+def wait_for_steps(child: subprocess.Popen, metrics: Path, before: int, steps: int) -> None:
+    """Until a run has logged so many of its own. It begins with a new file, another than `before`, of those that its
+    checkpoint covers."""
     kept = None
     while child.poll() is None:
         if metrics.exists() and metrics.stat().st_ino != before:
-            kept = metrics.stat().st_size if kept is None else kept
-            if metrics.stat().st_size > kept:
+            logged = metrics.read_bytes().count(b"\n")
+            kept = logged if kept is None else kept
+            if logged >= kept + steps:
                 return
         time.sleep(0.01)
