@@ -74,8 +74,10 @@ class Checkpoints:
         """The newest complete checkpoint, laid out as `abstract`; None when there is none."""
         if self.step is None:
             return None
-        positions = np.zeros((self._streams, len(Position._fields)), np.int32)
-        loaded = self._checkpointer.load(self.step, self._tree(abstract, positions))
+        tree: dict[str, Any] = {"state": abstract}
+        if self._streams:
+            tree["positions"] = np.zeros((self._streams, len(Position._fields)), np.int32)
+        loaded = self._checkpointer.load(self.step, tree)
         return Saved(loaded["state"], from_array(loaded["positions"]) if self._streams else {})
 
     def save(self, step: int, state: TrainState, positions: Positions) -> None:
@@ -84,8 +86,10 @@ class Checkpoints:
         Raises OSError when the save before it has failed.
         """
         self._finish()
-        everywhere = to_array(positions, self._streams)
-        self._checkpointer.save_async(step, self._tree(state, everywhere), overwrite=True, force=True)
+        tree: dict[str, Any] = {"state": state}
+        if self._streams:
+            tree["positions"] = to_array(positions, self._streams)
+        self._checkpointer.save_async(step, tree, overwrite=True, force=True)
         self._writing = step
 
     def close(self) -> None:
@@ -114,9 +118,6 @@ class Checkpoints:
             raise OSError(
                 f"the checkpoint of step {self._writing} could not be written to {self._folder}: {reason}"
             ) from error
-
-    def _tree(self, state: TrainState, positions: np.ndarray) -> dict[str, Any]:
-        return {"state": state, "positions": positions} if self._streams else {"state": state}
 
 
 def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
