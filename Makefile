@@ -32,8 +32,7 @@ types: $(STAMP)
 # Every operation and decode program through the TPU compiler, for four chips, and the train step of every config for a
 # pod; a TPU is not needed. Writes docs/tpu_static and docs/tpu_pods.
 tpu-check: $(STAMP) $(LIBTPU)
-	PYTHONPATH=$(LIBTPU) $(RUN) tpu_check
-	PYTHONPATH=$(LIBTPU) $(RUN) tpu_check.pods
+	status=0; export PYTHONPATH=$(LIBTPU); $(RUN) tpu_check || status=1; $(RUN) tpu_check.pods || status=1; exit $$status
 
 # One chip and the main operations, for continuous integration; writes nothing.
 tpu-check-short: $(STAMP) $(LIBTPU)

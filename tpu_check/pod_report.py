@@ -45,8 +45,8 @@ Bytes and operations are those of one device in one step.
 - **exchanged**: what a device gets from the others; each exchange in a loop times its trips.
 - **compile s**: on the machine that made the page, which was doing other things too.
 
-Limits: memory at most that of the chip; no array as large as a matrix of a layer whole on every device; no all-gather
-of as many elements as the embedding table has.
+Limits: memory at most that of the chip; no array of the state (weights, moments) as large as a matrix of a layer whole
+on every device; no all-gather of as many elements as the embedding table has.
 """
 
 
@@ -80,7 +80,9 @@ def line(row: PodRow) -> str:
     figures = row.figures
     return (
         f"{word} {row.pod.name} {row.pod.topology}: memory {size(figures.memory)} of {size(row.pod.chip.hbm)}, "
-        f"exchanged {size(sum(figures.collectives.values()))}, compiled in {figures.compile_seconds:.0f} s"
+        f"{(figures.matrix_flops + figures.attention_flops) / 1e12:.0f} TFLOP, "
+        f"exchanged {size(sum(figures.collectives.values()))}, compiler's estimate {_estimate(figures)} s, "
+        f"compiled in {figures.compile_seconds:.0f} s"
     )
 
 
@@ -139,8 +141,13 @@ def _cells(row: PodRow) -> list[str]:
         f"{(figures.matrix_flops + figures.attention_flops) / row.pod.chip.peak:.3g}",
         f"{figures.flops / 1e12:.3g}",
         # the sum over a program has been seen to come out negative
-        f"{figures.estimate_seconds:.3g}" if figures.estimate_seconds > 0 else "not known",
+        _estimate(figures),
         size(sum(figures.collectives.values())),
         f"{figures.compile_seconds:.0f}",
         "**broken**" if problems(row) else "kept",
     ]
+
+
+def _estimate(figures: PodFigures) -> str:
+    """The compiler's; it has been seen to be negative, where it means nothing."""
+    return f"{figures.estimate_seconds:.3g}" if figures.estimate_seconds > 0 else "not known"

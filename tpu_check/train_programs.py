@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from recycled_jax.config import LlamaConfig
 from recycled_jax.model import Llama, causal
@@ -32,7 +32,7 @@ from train.__main__ import parse
 from train.config import TrainConfig
 from train.data import Batch
 from train.optimizer import make_optimizer
-from train.step import abstract_state, batch_sharding, make_train_step
+from train.step import abstract_state, batch_sharding, make_mesh, make_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "train"
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -123,8 +123,7 @@ def compile_pod(pod: Pod) -> PodFigures:
     """The figures of the train step of a pod's config, at its last stage: the longest rows."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=pod.topology)
     config = pod.config
-    sizes = [getattr(config.mesh, axis) for axis in AXES]
-    mesh = Mesh(np.array(topology.devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = make_mesh(config.mesh, topology.devices)
     started = time.perf_counter()
     # The abstract mesh tells the library what it is traced for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

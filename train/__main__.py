@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         exported = train(parse(argv))
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
+        said = " ".join([str(error), *getattr(error, "__notes__", ())])
+        print(f"train: {' '.join(said.split())}", file=sys.stderr)
         return 2
     if exported is not None:
         print(f"exported {exported}")

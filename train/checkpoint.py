@@ -51,18 +51,18 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         ours = json.loads(json.dumps(asdict(config)))
-        if self.step is None:
-            if jax.process_index() == 0:
-                (out / "config.json").write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-            return
-        theirs = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        for name, there, here in _differences(theirs, ours):
+        theirs = {} if self.step is None else json.loads((out / "config.json").read_text(encoding="utf-8"))
+        for name, there, here in _differences(theirs, ours) if theirs else ():
             if re.split(r"[.\[]", name)[0] in _RESULTS and name.split(".")[-1] not in _NOT_RESULTS:
                 self.close()
                 raise ValueError(
                     f"out={config.out!r} holds a run with another {name}: {there!r} there, {here!r} here; choose "
                     "another out or restore the setting"
                 )
+        if jax.process_index() == 0:
+            partial = out / "config.json.partial"  # other hosts may be reading
+            partial.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+            partial.replace(out / "config.json")
 
     @property
     def step(self) -> int | None:

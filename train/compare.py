@@ -6,25 +6,30 @@ JSON, and `--scores FILE` makes the table of that.
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jsonargparse import auto_cli
 
-Scores = Mapping[str, float]
-
 
 def compare(runs: dict[str, list[str]] = {}, out: Path | None = None, scores: Path | None = None) -> None:  # noqa: B006
-    """Args as in the module's text. Raises ValueError for a run without scores."""
+    """Args as in the module's text. Raises ValueError for runs without scores, or that cannot be compared."""
     found = json.loads(scores.read_text()) if scores else {name: [ends(run) for run in runs[name]] for name in runs}
+    if not found or not all(found.values()):
+        raise ValueError(f"runs={runs} has a name without runs; expected at least one run for each")
+    told = {(of_run["steps"], *of_run["after"]) for of_name in found.values() for of_run in of_name}
+    if len(told) > 1:
+        raise ValueError(f"runs end at different steps, or with different scores: {sorted(told)}")
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(markdown(found))
 
 
-def ends(run: str) -> dict[str, Scores]:
-    """The scores of a run `before` its first step, if there are any, and `after` its last."""
+def ends(run: str) -> dict[str, Any]:
+    """The scores of a run `before` its first step, if there are any, and `after` its last, with its number `steps`."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     scored = [line for line in lines if "loss" not in line]
     if not scored:
@@ -34,10 +39,10 @@ def ends(run: str) -> dict[str, Scores]:
         of_step.setdefault(line["step"], {}).update({name: line[name] for name in line if name != "step"})
     last = max(of_step)
     first = {"before": of_step[0]} if 0 in of_step and last > 0 else {}
-    return {**first, "after": of_step[last]}
+    return {"steps": last, **first, "after": of_step[last]}
 
 
-def markdown(found: Mapping[str, Sequence[Mapping[str, Scores]]]) -> str:
+def markdown(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """A line for the model before training, and one for each name."""
     runs = [run for of_name in found.values() for run in of_name]
     names = list(runs[0]["after"])
@@ -56,4 +61,8 @@ def markdown(found: Mapping[str, Sequence[Mapping[str, Scores]]]) -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(compare, as_positional=False)
+    try:
+        auto_cli(compare, as_positional=False)
+    except (ValueError, OSError) as error:
+        print(f"train.compare: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -23,11 +23,11 @@ def _check(settings: Any, prefix: str, names: Iterable[str], *, at_least: float,
 class ModelSizes:
     """A model trained from scratch; `mlp` and `embed` are widths, `max_length` is in tokens.
 
-    `init` other than `plain` is explained in `train.init`. Or `start` is the folder of a Hugging Face checkpoint to go
-    on from, which then tells all of that. `cca`, if given, is what the model attends instead of everything
-    (`recycled_jax.cca`); decode with the policy of that name. `recycled`, if given, trains it to be decoded with
-    recycled attention (`recycled_jax.recycled_attention`): the last `chunks` × `stride` tokens of every sequence attend
-    as they would then.
+    `init` other than `plain` is explained in `train.init`. Or `start` is the folder of a checkpoint, Hugging Face's or
+    orbax's, to go on from, which then tells all of that. `cca`, if given, is what the model attends instead of
+    everything (`recycled_jax.cca`); decode with the policy of that name. `recycled`, if given, trains it to be decoded
+    with recycled attention (`recycled_jax.recycled_attention`): the last `chunks` × `stride` tokens of every sequence
+    attend as they would then.
     """
 
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "qwen2"

@@ -24,16 +24,17 @@ class Log:
         self._model, self._writes = model, jax.process_index() == 0
         self._since, self._step = time.perf_counter(), None
         self._bar = tqdm(total=config.steps, initial=first, unit="step", disable=None if self._writes else True)
-        self._tensorboard = (
-            _tensorboard(Path(config.out) / "tensorboard") if config.tensorboard and self._writes else None
-        )
-        if not self._writes:
-            return
         path = Path(config.out) / "metrics.jsonl"
         # of a run that begins, there may be scores from before the first step of another one
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if first and path.exists() else []
+        lines = [line for line in lines if _step_of(line) <= first]
+        # steps whose scores are there; known to all hosts, which have to agree on what to score
+        self.scored = {_step_of(line) for line in lines if "loss" not in json.loads(line)}
+        if not self._writes:
+            return
+        self._tensorboard = _tensorboard(Path(config.out) / "tensorboard") if config.tensorboard else None
         kept = path.with_suffix(".partial")
-        kept.write_text("".join(line for line in lines if _step_of(line) <= first), encoding="utf-8")
+        kept.write_text("".join(lines), encoding="utf-8")
         kept.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -41,10 +42,10 @@ class Log:
         """One step further."""
         self._bar.update()
 
-    def write(self, step: int, metrics: Metrics, batch: int, length: int) -> None:
-        """The metrics of `step`, of `batch` rows of `length` tokens, and how fast the steps since the last call were
-        (all taken to be of this size)."""
-        values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+    def write(self, step: int, metrics: Metrics, batch: int, length: int, counts: Mapping[str, float]) -> None:
+        """The metrics of `step`, of `batch` rows of `length` tokens, other `counts`, and how fast the steps since the
+        last call were (all taken to be of this size)."""
+        values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()} | dict(counts)
         now = time.perf_counter()
         if self._step is not None:
             values["seconds_per_step"] = (now - self._since) / (step - self._step)
@@ -59,7 +60,8 @@ class Log:
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
         if self._writes:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            told = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            self._file.write(json.dumps({"step": step, **told}) + "\n")
             self._file.flush()
             if self._tensorboard is not None:
                 self._tensorboard.write_scalars(step, values)

@@ -75,9 +75,14 @@ def train(config: TrainConfig) -> Path | None:
         batches = make_batches(config, mesh, tokenizer, sentences, saved.positions)
         tqdm.write(f"{parameter_count(model.config):,} parameters, {config.steps} steps, starting at step {first}")
         with closing(Log(config, model.config, first)) as log, closing(_Profile(config)) as profile:
-            if first == 0 and config.model.start is not None:  # what training is compared with
-                for score in scores:
-                    log.note(0, score(averaged(state)))
+
+            def evaluate(step: int) -> None:
+                log.note(step, {name: value for score in scores for name, value in score(averaged(state)).items()})
+                log.restart_clock(step)
+
+            due = first % config.evaluation.every == 0 if first else config.model.start is not None
+            if scores and due and first not in log.scored:  # before training, or what a stop left no time for
+                evaluate(first)
             before: tuple[int, Metrics] | None = None
             for step, batch, positions in made_ahead(batches, config, first):
                 profile.before(step, state)
@@ -89,19 +94,17 @@ def train(config: TrainConfig) -> Path | None:
                 done, last = step + 1, step + 1 == config.steps
                 before = done, metrics
                 if done % config.log_every == 0 or last:
-                    log.write(done, metrics, *batch.tokens.shape)
+                    bad = {"bad_records": sum(position.bad for position in positions.values())} if positions else {}
+                    log.write(done, metrics, *batch.tokens.shape, counts=bad)
                 stopping = stop.asked_anywhere() and not last
                 saving = last or stopping or done % config.save_every == 0
                 if saving:
                     _check_skipped(done, metrics, config)
-                if stopping:  # at once; there may not be time for more
+                if stopping:  # at once, there may not be time for more
                     checkpoints.save(done, state, positions)
-                if last or done % config.evaluation.every == 0:
-                    for score in scores:
-                        log.note(done, score(averaged(state)))
-                    log.restart_clock(done)
-                if stopping:
                     break
+                if scores and (last or done % config.evaluation.every == 0):
+                    evaluate(done)
                 if saving:  # after the scores: what is logged up to a checkpoint is not computed again from there
                     checkpoints.save(done, state, positions)
     if done < config.steps:

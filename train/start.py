@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 from optax import GradientTransformation
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from recycled_jax.checkpoint import load_model
 from recycled_jax.config import LlamaConfig
-from recycled_jax.hf import find_checkpoint, load_hf
+from recycled_jax.hf import find_checkpoint
 from recycled_jax.model import Llama
 from recycled_jax.tasks.prose import generated_sentences
 from recycled_jax.tokenizer import load_tokenizer
@@ -69,5 +70,5 @@ def first_state(model: Llama, optimizer: GradientTransformation, mesh: Mesh, con
     """Of a run that begins; parameters of a checkpoint are read straight into their shards."""
     if config.model.start is None:
         return init_state(model, optimizer, mesh, config.seed, config.model.init)
-    _, params = load_hf(config.model.start, mesh=mesh)
+    _, params = load_model(config.model.start, mesh=mesh)
     return start_state(model, optimizer, mesh, params)

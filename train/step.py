@@ -1,5 +1,6 @@
 """The train step: state in, state out, compiled for a mesh."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import numpy as np
 import optax
 from flax import struct
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from recycled_jax.model import Llama, causal, logits
@@ -25,13 +27,14 @@ class TrainState:
 
     step: jax.Array  # int32 []: batches seen
     skipped: jax.Array  # int32 []: how many of the last ones, without a gap, changed nothing
+    skipped_in_all: jax.Array  # int32 []
     params: Any
     optimizer: Any
 
 
 class Metrics(NamedTuple):
     """Means over the batch of one step; `loss` is the weighted objective, in nats per token. `skipped` counts the last
-    steps in a row that changed nothing, this one included."""
+    steps in a row that changed nothing, this one included, `skipped_in_all` those since the run began."""
 
     loss: jax.Array
     text_loss: jax.Array
@@ -39,19 +42,22 @@ class Metrics(NamedTuple):
     answer_accuracy: jax.Array
     gradient_norm: jax.Array
     skipped: jax.Array
+    skipped_in_all: jax.Array
 
 
-def make_mesh(sizes: MeshSizes) -> Mesh:
-    """A mesh over all devices; one axis may be -1. Raises ValueError when the sizes do not divide the devices."""
-    shape = asdict(sizes)
-    devices = jax.device_count()
+def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices (of this program, if not given), neighbours beside each other; one axis may be -1. Raises
+    ValueError when the sizes do not divide the devices."""
+    shape, devices = asdict(sizes), devices or jax.devices()
     fixed = int(np.prod([size for size in shape.values() if size != -1]))
-    if devices % fixed:
-        raise ValueError(f"mesh={shape} needs a multiple of {fixed} devices, there are {devices}")
-    resolved = [devices // fixed if size == -1 else size for size in shape.values()]
-    if int(np.prod(resolved)) != devices:
-        raise ValueError(f"mesh={shape} covers {int(np.prod(resolved))} devices, there are {devices}")
-    return jax.make_mesh(tuple(resolved), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+    if len(devices) % fixed:
+        raise ValueError(f"mesh={shape} needs a multiple of {fixed} devices, there are {len(devices)}")
+    resolved = [len(devices) // fixed if size == -1 else size for size in shape.values()]
+    if int(np.prod(resolved)) != len(devices):
+        raise ValueError(f"mesh={shape} covers {int(np.prod(resolved))} devices, there are {len(devices)}")
+    # an axis may be part of one of the torus: tensor 2 of 4 x 4 x 4
+    laid = mesh_utils.create_device_mesh(resolved, devices, allow_split_physical_axes=True)
+    return Mesh(laid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 class Sums(NamedTuple):
@@ -130,6 +136,7 @@ def make_train_step(
             lambda new, old: jnp.where(finite, new, old), changed, (state.params, state.optimizer)
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
+        in_all = state.skipped_in_all + jnp.where(finite, 0, 1)
         metrics = Metrics(
             sums.loss / weight,
             sums.text_loss / jnp.maximum(sums.text, 1),
@@ -137,8 +144,9 @@ def make_train_step(
             sums.right / jnp.maximum(sums.answers, 1),
             gradient_norm=norm,
             skipped=skipped,
+            skipped_in_all=in_all,
         )
-        return TrainState(state.step + 1, skipped, params, optimizer_state), metrics
+        return TrainState(state.step + 1, skipped, in_all, params, optimizer_state), metrics
 
     return jax.jit(
         step,
@@ -177,7 +185,8 @@ def state_shardings(model: Llama, optimizer: optax.GradientTransformation, mesh:
     shapes = jax.eval_shape(lambda: _fresh(model, optimizer, 0))
     # an optimiser mirrors the parameter tree inside its own: a moment is known by the dict keys of its parameter
     moments = jax.tree.map_with_path(lambda path, _: of_param.get(_dict_keys(path), replicated), shapes.optimizer)
-    return replace(shapes, step=replicated, skipped=replicated, params=params, optimizer=moments)
+    counts = {name: replicated for name in ("step", "skipped", "skipped_in_all")}
+    return replace(shapes, **counts, params=params, optimizer=moments)
 
 
 def _dict_keys(path) -> tuple[str, ...]:
@@ -205,4 +214,4 @@ def _fresh(model: Llama, optimizer: optax.GradientTransformation, seed: int, ini
 
 def _at_first(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     nothing = jnp.zeros((), jnp.int32)
-    return TrainState(nothing, nothing, params, optimizer.init(params))
+    return TrainState(nothing, nothing, nothing, params, optimizer.init(params))

@@ -10,12 +10,13 @@ import train.loop
 from recycled_jax.cca import CCA
 from recycled_jax.hf import save_hf
 from recycled_jax.model import Llama
+from recycled_jax.orbax_io import save_orbax
 from recycled_jax.recycled_attention import RecycledAttention
 from recycled_jax.tokenizer import load_tokenizer
 from tests.train import tiny_run
 from tests.train.test_step import ADAMW, CONFIG, STEPS, batch
 from train.__main__ import parse
-from train.config import Mesh, ModelSizes, Stage, TrainConfig
+from train.config import Evaluation, Mesh, ModelSizes, Stage, TrainConfig
 from train.optimizer import make_optimizer
 from train.step import init_state, loss_sums, make_mesh, make_train_step
 
@@ -57,21 +58,23 @@ def first_step(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "attention"),
+    ("told", "attention", "save"),
     [
-        ("cca: {group: 4, window: 12}", CCA(group=4, window=12)),
-        ("recycled: {k: 16, stride: 5, chunks: 2, anchor: own}", RecycledAttention(16, 5, 2, anchor="own")),
+        ("cca: {group: 4, window: 12}", CCA(group=4, window=12), save_hf),
+        ("recycled: {k: 16, stride: 5, chunks: 2, anchor: own}", RecycledAttention(16, 5, 2, anchor="own"), save_orbax),
     ],
-    ids=["cca", "recycled"],
+    ids=["cca, Hugging Face", "recycled, orbax"],
 )
-def test_a_run_tunes_a_checkpoint_as_its_config_says(told, attention, tmp_path, tokenizer, first_step):
+def test_a_run_tunes_a_checkpoint_as_its_config_says(told, attention, save, tmp_path, tokenizer, first_step):
     ids = tokenizer.get_vocab()
     sizes = dataclasses.replace(CONFIG, vocab=len(ids), tie_embeddings=True, eos_ids=(ids["</s>"],), init_std=0.1)
     params = jax.jit(Llama(sizes).init)(jax.random.key(5), np.zeros((1, 1), np.int32))
-    save_hf(tmp_path / "start", Llama(sizes), params, tokenizer=tokenizer)
+    save(tmp_path / "start", Llama(sizes), params)
+    tokenizer.save_pretrained(tmp_path / "start")
     (tmp_path / "run.yaml").write_text(f"model: {{start: {tmp_path / 'start'}, {told}}}\n")
     asked = parse(["--config", str(tmp_path / "run.yaml")]).model
-    model, state = first_step(dataclasses.replace(tiny_run.config(tmp_path), model=asked))
+    unmeasured = Evaluation(retrieval=False)
+    model, state = first_step(dataclasses.replace(tiny_run.config(tmp_path), model=asked, evaluation=unmeasured))
     assert model.attention == attention
     assert (model.config.layers, model.config.vocab) == (sizes.layers, sizes.vocab)
     assert jax.tree.all(jax.tree.map(np.array_equal, state.params, params))

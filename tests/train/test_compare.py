@@ -25,7 +25,11 @@ def test_scores_before_and_after(tmp_path, capsys):
         ],
         "recycled": [write(tmp_path / "c", before, {"step": 10, "perplexity_full": 5.5})],
     }
-    assert ends(runs["causal"][0]) == {"before": {"perplexity_full": 9.0}, "after": {"perplexity_full": 6.0}}
+    assert ends(runs["causal"][0]) == {
+        "steps": 10,
+        "before": {"perplexity_full": 9.0},
+        "after": {"perplexity_full": 6.0},
+    }
     compare(runs, out=tmp_path / "scores.json")
     table = capsys.readouterr().out
     assert table.splitlines()[2:] == [
@@ -35,6 +39,14 @@ def test_scores_before_and_after(tmp_path, capsys):
     ]
     compare(scores=tmp_path / "scores.json")
     assert capsys.readouterr().out == table
+
+
+def test_runs_that_cannot_be_compared(tmp_path):
+    done, stopped = (write(tmp_path / str(step), {"step": step, "perplexity_full": 6.0}) for step in (10, 5))
+    with pytest.raises(ValueError, match="end at different steps"):
+        compare({"causal": [done, stopped]})
+    with pytest.raises(ValueError, match="expected at least one run for each"):
+        compare({"causal": [done], "recycled": []})
 
 
 def test_a_run_without_scores(tmp_path):

@@ -34,9 +34,9 @@ def batch(seed: int = 0) -> Batch:
     return Batch(tokens.astype(np.int32), positions.astype(np.int32), weights.astype(np.float32), answers)
 
 
-def run(optimizer: Optimizer, mesh, batches, init: str = "plain", attention=causal, **knobs):
-    model = Llama(CONFIG, attention=attention)
-    transformation = make_optimizer(optimizer, CONFIG, STEPS)
+def run(optimizer: Optimizer, mesh, batches, init: str = "plain", attention=causal, config=CONFIG, **knobs):
+    model = Llama(config, attention=attention)
+    transformation = make_optimizer(optimizer, config, STEPS)
     state = init_state(model, transformation, mesh, seed=0, init=init)
     step = make_train_step(model, transformation, mesh, **knobs)
     history = []
@@ -46,16 +46,20 @@ def run(optimizer: Optimizer, mesh, batches, init: str = "plain", attention=caus
     return state, np.asarray(history)
 
 
-def with_sequence(attention=causal):
-    """Four batches on one device, and where tokens are spread over devices too."""
+@pytest.mark.parametrize(
+    ("attention", "sizes"),
+    [
+        (causal, Mesh(data=2, fsdp=2, sequence=2)),
+        (RecycledAttention(k=6, stride=4, chunks=3), Mesh(fsdp=2, tensor=2, sequence=2)),
+    ],
+    ids=["causal", "recycled"],
+)
+def test_tokens_over_devices(attention, sizes):
+    config = dataclasses.replace(CONFIG, kv_heads=4)
     batches = [batch(seed) for seed in range(4)]
-    _, expected = run(ADAMW, ONE, batches, attention=attention)
-    return run(ADAMW, make_mesh(Mesh(data=2, fsdp=2, sequence=2)), batches, attention=attention)[1], expected
-
-
-@pytest.mark.parametrize("attention", [causal, RecycledAttention(k=6, stride=4, chunks=3)], ids=["causal", "recycled"])
-def test_tokens_over_devices(attention):
-    np.testing.assert_allclose(*with_sequence(attention), rtol=1e-5)
+    _, expected = run(ADAMW, ONE, batches, attention=attention, config=config)
+    _, found = run(ADAMW, make_mesh(sizes), batches, attention=attention, config=config)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_heads_that_do_not_divide_are_refused():
@@ -101,7 +105,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     broken = good._replace(weights=np.where(np.arange(24) == 5, np.inf, good.weights).astype(np.float32))
     before, _ = run(ADAMW, ONE, [good])
     after, history = run(ADAMW, ONE, [good, broken, broken, good, broken])
-    assert [int(metrics[-1]) for metrics in history] == [0, 1, 2, 0, 1]
+    assert [tuple(map(int, metrics[-2:])) for metrics in history] == [(0, 0), (1, 1), (2, 2), (0, 2), (1, 3)]
     two_good, _ = run(ADAMW, ONE, [good, good])
     assert int(after.step) == 5 and int(two_good.step) == 2
     jax.tree.map(np.testing.assert_array_equal, after.params, two_good.params)
@@ -111,7 +115,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 def test_loss_falls_on_a_fixed_batch():
     _, history = run(ADAMW, ONE, [batch()] * STEPS)
-    loss, text_loss, answer_loss, answer_accuracy, gradient_norm, _ = history.T
+    loss, text_loss, answer_loss, answer_accuracy, gradient_norm, *_ = history.T
     assert loss[0] == pytest.approx(np.log(CONFIG.vocab), rel=0.02)
     assert loss[-1] < 0.5 * loss[0] and answer_loss[-1] < 0.5 * answer_loss[0] and text_loss[-1] < text_loss[0]
     assert answer_accuracy[-1] > answer_accuracy[0] + 0.3
