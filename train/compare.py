@@ -34,9 +34,7 @@ def ends(run: str) -> dict[str, Any]:
     scored = [line for line in lines if "loss" not in line]
     if not scored:
         raise ValueError(f"runs: {run!r} has no scores; expected a run with an evaluation")
-    of_step: dict[int, dict[str, float]] = {}
-    for line in scored:
-        of_step.setdefault(line["step"], {}).update({name: line[name] for name in line if name != "step"})
+    of_step = {line.pop("step"): line for line in scored}
     last = max(of_step)
     first = {"before": of_step[0]} if 0 in of_step and last > 0 else {}
     return {"steps": last, **first, "after": of_step[last]}

@@ -298,9 +298,10 @@ class TrainConfig:
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> Stage:
-        """The stage that `step` (counted from 0) belongs to."""
+        """The stage that `step` (counted from 0) belongs to. Raises ValueError for one behind the last."""
+        end = 0
         for stage in self.stages:
-            if step < stage.steps:
+            end += stage.steps
+            if step < end:
                 return stage
-            step -= stage.steps
-        return self.stages[-1]
+        raise ValueError(f"step={step} must be below the run's steps={end}")

@@ -3,7 +3,7 @@
 import signal
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from recycled_jax.config import LlamaConfig
 from recycled_jax.hf import save_hf
 from recycled_jax.model import Llama, causal
 from recycled_jax.tasks.prose import read_haystack
+from recycled_jax.tokenizer import load_tokenizer
 from recycled_jax.weights import parameter_count
 from train.batches import check_batches, made_ahead, make_batches
 from train.checkpoint import Checkpoints, Saved
@@ -24,7 +25,7 @@ from train.config import TrainConfig
 from train.evaluate import evaluations
 from train.log import Log
 from train.optimizer import averaged, make_optimizer
-from train.start import first_state, read_tokenizer, write_model_config, write_tokenizer
+from train.start import first_state, write_model_config, write_tokenizer
 from train.step import Metrics, TrainState, abstract_state, make_mesh, make_train_step, spread
 
 
@@ -50,9 +51,9 @@ def train(config: TrainConfig) -> Path | None:
         first = done = checkpoints.step or 0
         if first == 0 and jax.process_index() == 0:  # what lies there may be half written or of other settings
             write_tokenizer(out / "tokenizer", sentences, config)
-            write_model_config(out / "model", config, read_tokenizer(out / "tokenizer"))
+            write_model_config(out / "model", config, load_tokenizer(out / "tokenizer"))
         _wait_for_others("tokenizer")
-        tokenizer = read_tokenizer(out / "tokenizer")
+        tokenizer = cast(PreTrainedTokenizerFast, load_tokenizer(out / "tokenizer"))
         model = Llama(
             LlamaConfig.from_hf(out / "model"),
             dtype=jnp.dtype(config.dtype),
@@ -166,6 +167,9 @@ class _StopOnSigterm:
     def __init__(self) -> None:
         self.asked = False
         self._told: jax.Array | None = None
+        every = Mesh(np.asarray(jax.devices()), ("device",))
+        self._of_devices = NamedSharding(every, PartitionSpec("device"))
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(every, PartitionSpec()))
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGTERM, self._ask)
@@ -182,9 +186,6 @@ class _StopOnSigterm:
         the step under way."""
         if jax.process_count() == 1:
             return self.asked
-        every = Mesh(np.asarray(jax.devices()), ("device",))
-        told = jax.make_array_from_callback(
-            (jax.device_count(),), NamedSharding(every, PartitionSpec("device")), lambda _: np.array([self.asked])
-        )
-        before, self._told = self._told, jax.jit(jnp.any, out_shardings=NamedSharding(every, PartitionSpec()))(told)
+        told = jax.make_array_from_callback((jax.device_count(),), self._of_devices, lambda _: np.array([self.asked]))
+        before, self._told = self._told, self._any(told)
         return before is not None and bool(before)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 from optax import GradientTransformation
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from recycled_jax.checkpoint import load_model
 from recycled_jax.config import LlamaConfig
@@ -33,12 +33,7 @@ def write_tokenizer(path: Path, sentences: list[str], config: TrainConfig) -> No
     tokenizer.save_pretrained(path)
 
 
-def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """What `write_tokenizer` wrote."""
-    return AutoTokenizer.from_pretrained(path)
-
-
-def write_model_config(path: Path, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def write_model_config(path: Path, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """The model of a run that begins, in Hugging Face's form: a resumed run does not need the checkpoint it started
     from. From scratch: tied embeddings, the vocabulary rounded up to a multiple of 128."""
     sizes = config.model

@@ -6,20 +6,23 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels.checks import PER_QUERY_HEAD
 
 
-def softmax_weights(
-    q: Float[Array, "batch query_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"],
-    visible: Bool[Array, "batch #kv_heads slots"],
-    scale: float,
-) -> tuple[Float[Array, "batch kv_heads group slots"], Float[Array, "batch kv_heads group 1"]]:
-    """Softmax before its division, float32: exp(logit - largest logit), 0 if not visible; and their sum."""
+def products(
+    q: Float[Array, "batch query_heads head_dim"], k: Float[Array, "batch kv_heads slots head_dim"], scale: float
+) -> Float[Array, "batch kv_heads group slots"]:
+    """scale q k, float32."""
     batch, kv_heads, _, head_dim = k.shape
     # q takes the dtype of k, never the reverse: casting k would write a copy of the cache.
     grouped = q.astype(k.dtype).reshape(batch, kv_heads, -1, head_dim)
     # Measured on CPU (2 cores, 2 to 8 kv heads, group 1 to 4): this order of the batched product is the
     # fastest or within noise of it; keys first is up to 4 times slower, multiply and reduce 1.7 times,
     # dot_product_attention 3 times.
-    logits = scale * jnp.einsum("bngd,bntd->bngt", grouped, k, preferred_element_type=jnp.float32)
+    return scale * jnp.einsum("bngd,bntd->bngt", grouped, k, preferred_element_type=jnp.float32)
+
+
+def undivided_softmax(
+    logits: Float[Array, "batch kv_heads group slots"], visible: Bool[Array, "batch #kv_heads slots"]
+) -> tuple[Float[Array, "batch kv_heads group slots"], Float[Array, "batch kv_heads group 1"]]:
+    """Softmax before its division, float32: exp(logit - largest logit), 0 if not visible; and their sum."""
     logits = jnp.where(visible[:, :, None, :], logits, -jnp.inf)
     largest = jnp.max(logits, axis=-1, keepdims=True)
     # The largest of nothing is -inf, and -inf - -inf would be NaN; exp(-inf - lowest finite) is 0.
@@ -28,14 +31,30 @@ def softmax_weights(
     return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1.0)
 
 
+def softmax_weights(
+    q: Float[Array, "batch query_heads head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"],
+    visible: Bool[Array, "batch #kv_heads slots"],
+    scale: float,
+) -> tuple[Float[Array, "batch kv_heads group slots"], Float[Array, "batch kv_heads group 1"]]:
+    """`undivided_softmax` of the `products`."""
+    return undivided_softmax(products(q, k, scale), visible)
+
+
+def weighted_sums(
+    weights: Float[Array, "batch kv_heads group slots"], v: Float[Array, "batch kv_heads slots head_dim"]
+) -> Float[Array, "batch kv_heads group head_dim"]:
+    """sum(weights v), float32. The weights are rounded to the dtype of v, which is read as stored."""
+    return jnp.einsum("bngt,bntd->bngd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+
 def weighted_values(
     weights: Float[Array, "batch kv_heads group slots"],
     total: Float[Array, "batch kv_heads group 1"],
     v: Float[Array, "batch kv_heads slots head_dim"],
 ) -> Float[Array, "batch query_heads head_dim"]:
-    """sum(weights v) / total, float32. The weights are rounded to the dtype of v, which is read as stored."""
-    sums = jnp.einsum("bngt,bntd->bngd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (sums / total).reshape(v.shape[0], -1, v.shape[-1])
+    """sum(weights v) / total, float32."""
+    return (weighted_sums(weights, v) / total).reshape(v.shape[0], -1, v.shape[-1])
 
 
 def reduce_group(

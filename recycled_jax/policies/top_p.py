@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import gather_attention, select_tokens, token_scores
@@ -96,10 +97,11 @@ class CappedSelecting(Selecting):
 
 def mass_before(rows: Float[Array, "batch heads capacity"]) -> Float[Array, "batch heads capacity"]:
     """Of each slot: the sum of the probabilities above its own, and of equal ones in earlier slots."""
-    order = jnp.argsort(-rows, axis=-1, stable=True)
+    # No probability is negative, so the bits order them; integers sort in less than half the time (CPU).
+    order = jnp.argsort(-lax.bitcast_convert_type(rows, jnp.int32), axis=-1, stable=True)
     sorted_rows = jnp.take_along_axis(rows, order, axis=-1)
     before = jnp.cumsum(jnp.pad(sorted_rows[..., :-1], ((0, 0), (0, 0), (1, 0))), axis=-1)
-    return jnp.take_along_axis(before, jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.put_along_axis(rows, order, before, axis=-1, inplace=False)
 
 
 def top_p(p: float = 0.9, k: int = 1024) -> Policy:

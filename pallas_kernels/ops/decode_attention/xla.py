@@ -1,10 +1,11 @@
-"""decode_attention in XLA: two batched products that read k and v once each, as they are stored."""
+"""decode_attention in XLA: two products that read k and v once each, as they are stored."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cache import KVCache
-from pallas_kernels.ops.one_query import reduce_group, softmax_weights, weighted_values
+from pallas_kernels.ops.one_layer import layer_logits, layer_values
+from pallas_kernels.ops.one_query import reduce_group, undivided_softmax
 
 
 def decode_attention(
@@ -18,6 +19,6 @@ def decode_attention(
     group_reduction: str,
 ) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch heads capacity"] | None]:
     visible = jnp.arange(cache.capacity)[None, None, :] < lengths[:, None, None]
-    weights, total = softmax_weights(q, cache.keys(layer), visible, scale)
-    out = weighted_values(weights, total, cache.values(layer)).astype(q.dtype)
+    weights, total = undivided_softmax(layer_logits(q, cache, lengths, layer=layer, scale=scale), visible)
+    out = (layer_values(weights, cache, lengths, layer=layer) / total).reshape(q.shape).astype(q.dtype)
     return out, reduce_group(weights / total, group_reduction) if return_scores else None

@@ -1,10 +1,11 @@
-"""token_scores in XLA: one batched product that reads k once, as it is stored."""
+"""token_scores in XLA: one product that reads k once, as it is stored."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cache import KVCache
-from pallas_kernels.ops.one_query import reduce_group, softmax_weights
+from pallas_kernels.ops.one_layer import layer_logits
+from pallas_kernels.ops.one_query import reduce_group, undivided_softmax
 
 
 def token_scores(
@@ -17,5 +18,5 @@ def token_scores(
     group_reduction: str,
 ) -> Float[Array, "batch heads capacity"]:
     visible = jnp.arange(cache.capacity)[None, None, :] < lengths[:, None, None]
-    weights, total = softmax_weights(q, cache.keys(layer), visible, scale)
+    weights, total = undivided_softmax(layer_logits(q, cache, lengths, layer=layer, scale=scale), visible)
     return reduce_group(weights / total, group_reduction)
