@@ -30,7 +30,8 @@ from recycled_jax.model import Llama
 from recycled_jax.policies import Policy, make_policy
 from recycled_jax.policies.attention_predictor import SHIPPED
 from recycled_jax.scoring import score_tokens
-from recycled_jax.tasks.retrieval import TASKS, Example, make_example, score
+from recycled_jax.tasks.example import Example
+from recycled_jax.tasks.retrieval import TASKS, make_example, score
 
 # As published, but for what a model of four layers and budgets of a few hundred slots ask for: windows that are shares
 # of the budget, and one dense layer below one that selects. It is layer 1 that finds what the text asks for; where it

@@ -13,8 +13,9 @@ from recycled_jax.commands.loading import Checkpoint, Text
 from recycled_jax.commands.measure import BLOCK, BLOCKS, Measurement, measure
 from recycled_jax.generate import read
 from recycled_jax.policies import make_policy
+from recycled_jax.tasks.example import Example
 from recycled_jax.tasks.prose import generated_sentences, read_haystack
-from recycled_jax.tasks.retrieval import TASKS, Example, make_example, score
+from recycled_jax.tasks.retrieval import TASKS, make_example, score
 
 POLICIES = {
     "full": make_policy("full"),

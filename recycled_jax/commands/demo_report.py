@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from recycled_jax.commands.measure import Measurement
-from recycled_jax.tasks.retrieval import Example, score
+from recycled_jax.tasks.example import Example
+from recycled_jax.tasks.retrieval import score
 
 SHOWN = 60  # characters of an answer
 

@@ -4,20 +4,18 @@
 be looked up again after each one. The wording is this project's own (`TEMPLATE_VERSION`).
 """
 
-import hashlib
 import itertools
-import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from recycled_jax.tasks.example import Encode, Example, generator
 from recycled_jax.tasks.prose import generated_sentences
 from recycled_jax.tasks.words import KEYS
 
 TEMPLATE_VERSION = 1
-Encode = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -73,24 +71,6 @@ TASKS = {
     "multikey": RetrievalTask(keys=8),
     "chain": RetrievalTask(keys=8, hops=4),
 }
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question over one document. The prompt is `context + question + answer_prefix`; `outputs` are the strings
-    an answer must contain; `gen_tokens` is what the gold answer needs, in tokens, with one for the end."""
-
-    index: int
-    context: str
-    question: str
-    answer_prefix: str
-    outputs: tuple[str, ...]
-    gold: str
-    gen_tokens: int
-
-    @property
-    def prompt(self) -> str:
-        return self.context + self.question + self.answer_prefix
 
 
 def make_example(
@@ -195,8 +175,4 @@ def _facts(task: RetrievalTask, rng: np.random.Generator) -> tuple[list[str], Fa
 
 
 def _generator(task: RetrievalTask, length: int, seed: int, index: int) -> np.random.Generator:
-    canonical = json.dumps(
-        {"task": asdict(task), "version": TEMPLATE_VERSION, "length": length, "seed": seed, "index": index},
-        sort_keys=True,
-    )
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big"))
+    return generator(task=asdict(task), version=TEMPLATE_VERSION, length=length, seed=seed, index=index)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recycled_jax.tasks import words
+from recycled_jax.tasks.example import Example
 from recycled_jax.tasks.prose import generated_sentences, read_haystack, split_sentences
-from recycled_jax.tasks.retrieval import TASKS, Example, RetrievalTask, hide, make_example, score
+from recycled_jax.tasks.retrieval import TASKS, RetrievalTask, hide, make_example, score
 
 NOVEL = [f"Sentence {i} of the novel tells of {'many ' * (i % 7)}things." for i in range(300)]
 NUMBER = re.compile(r"The magic number for (\w+) is (\d+)\.")
