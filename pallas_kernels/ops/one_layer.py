@@ -1,7 +1,7 @@
 """The two products of a decode query with one layer of the cache, in XLA.
 
-Where XLA makes no product of a slice in place (CPU), the layer would be copied out of the stack first, which costs three
-times the product: read, write, read again. There the slots are read in blocks instead, whose copies stay in the
+Where XLA makes no product of a slice in place (CPU), the layer would be copied out of the stack first, which moves
+three times the bytes: read, write, read again. There the slots are read in blocks instead, whose copies stay in the
 processor's cache, and no block behind the longest row is read at all.
 """
 

@@ -1,6 +1,9 @@
 """Filler text: sentences from a seeded grammar, or from a text of the user's."""
 
+import itertools
 import re
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,26 @@ def generated_sentences(rng: np.random.Generator, count: int) -> list[str]:
         pattern.format(**{name: pool[rng.integers(len(pool))] for name, pool in _POOLS.items()})
         for pattern in (_PATTERNS[i] for i in rng.integers(len(_PATTERNS), size=count))
     ]
+
+
+def filler_sentences(rng: np.random.Generator, tokens: int, haystack: Sequence[str] | None = None) -> list[str]:
+    """More sentences than `tokens` tokens can hold: those of `haystack` from a random one on, or generated ones."""
+    if haystack is None:
+        return generated_sentences(rng, max(1, tokens // 6))
+    return _stretch(haystack, int(rng.integers(len(haystack))), tokens)
+
+
+def _stretch(haystack: Sequence[str], start: int, length: int) -> list[str]:
+    """Sentences from `start` on, more than `length` tokens can hold. One of more characters than an eighth of that is
+    cut: a text without full stops is a single sentence, which would never fit."""
+    width = max(128, length // 8)
+    around = itertools.chain(haystack[start:], itertools.cycle(haystack))
+    pieces = (
+        piece
+        for sentence in around
+        for piece in ([sentence] if len(sentence) <= width else textwrap.wrap(sentence, width, break_on_hyphens=False))
+    )
+    return list(itertools.islice(pieces, max(1, length // 2)))
 
 
 def split_sentences(text: str) -> list[str]:

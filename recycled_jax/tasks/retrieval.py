@@ -5,14 +5,13 @@ be looked up again after each one. The wording is this project's own (`TEMPLATE_
 """
 
 import itertools
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from recycled_jax.tasks.example import Encode, Example, generator
-from recycled_jax.tasks.prose import generated_sentences
+from recycled_jax.tasks.prose import filler_sentences
 from recycled_jax.tasks.words import KEYS
 
 TEMPLATE_VERSION = 1
@@ -95,10 +94,7 @@ def make_example(
         longer = (_Draft(task, n, seed, index, encode) for n in itertools.count(max(length, 0) + 1))
         least = next(bare.length for bare in longer if bare.tokens(()) <= bare.length)
         raise ValueError(f"length={length} is too short for {task}, the smallest that works here is {least} tokens")
-    if haystack is None:
-        filler = generated_sentences(draft.rng, max(1, length // 6))
-    else:
-        filler = _stretch(haystack, int(draft.rng.integers(len(haystack))), length)
+    filler = filler_sentences(draft.rng, length, haystack)
     low, high = 0, len(filler)
     while low < high:
         middle = (low + high + 1) // 2
@@ -124,19 +120,6 @@ class _Draft:
     def tokens(self, filler: Sequence[str]) -> int:
         """Tokens of prompt and answer."""
         return len(self.encode(self.build(filler).prompt)) + self.gen_tokens
-
-
-def _stretch(haystack: Sequence[str], start: int, length: int) -> list[str]:
-    """Sentences from `start` on, more than `length` tokens can hold. One of more characters than an eighth of that is
-    cut: a text without full stops is a single sentence, which would never fit."""
-    width = max(128, length // 8)
-    around = itertools.chain(haystack[start:], itertools.cycle(haystack))
-    pieces = (
-        piece
-        for sentence in around
-        for piece in ([sentence] if len(sentence) <= width else textwrap.wrap(sentence, width, break_on_hyphens=False))
-    )
-    return list(itertools.islice(pieces, max(1, length // 2)))
 
 
 def hide[T](hidden: Sequence[T], depths: Sequence[float], filler: Sequence[T]) -> list[T]:
