@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import KVCache
 from recycled_jax.correction import Uncorrected, correct
 from recycled_jax.decode import Params, begin, decode_step, read_prompts
+from recycled_jax.feeding import feed
 from recycled_jax.frame import FixedStride, LayerTrace, PrefillAttention, Prefilled, PromptRecord, Recycling
 from recycled_jax.model import Llama
 from recycled_jax.policies import Policy
@@ -74,6 +75,7 @@ def generate(
     chunk: int | None = None,
     loop: Loop = "cond",
     seed: int = 0,
+    fed: Sequence[Sequence[int]] | None = None,
     coverage: bool = False,
     block: int = 64,
     implementation: str | None = None,
@@ -83,6 +85,8 @@ def generate(
 
     `prompts` are token ids, special tokens included, or what `read` made of them: then several policies can go on
     from one prefill. (Its cache is copied, so there are two; `prefill_seconds` covers the first selection only.)
+    `fed` are tokens that follow each prompt through decode steps before anything is generated: a question that the
+    policy reads with what it has kept of the prompt. Their steps are not traced, their seconds count as prefill's.
     `capacity` and `chunk` (default 512) are those of `read`. `block` decode steps run on the device between two looks
     of the host; after each, `on_block` gets the tokens every row has gained. `coverage` records the attention mass on
     the selections, which reads all keys: not for timing. Greedy unless `sampling` says otherwise; a sampled row draws
@@ -103,21 +107,29 @@ def generate(
             raise ValueError(
                 f"correct_every={policy.correct_every} is not a multiple of {stride=}, as loop='nested' needs"
             )
+    if fed is not None and stride is not None:
+        raise ValueError("fed tokens need loop='cond': nested loops begin at the phase of the first step")
+    if fed is not None and len(fed) != _rows(prompts):
+        raise ValueError(f"fed has {len(fed)} rows, expected {_rows(prompts)}, one for each prompt")
+    room = max_new_tokens + max((len(row) for row in fed or ()), default=0)
 
     started = time.perf_counter()
     if isinstance(prompts, Prefilled):
         if capacity is not None or chunk is not None:
             raise ValueError(f"capacity={capacity} and chunk={chunk} belong to prompts that are still to be read")
         prefilled, begin_loop = prompts, start
-        _check_capacity(prefilled.cache.capacity, int(prefilled.prompts.lengths.max()), max_new_tokens)
+        _check_capacity(prefilled.cache.capacity, int(prefilled.prompts.lengths.max()), room)
     else:
         options = {"capacity": capacity, "chunk": 512 if chunk is None else chunk, "implementation": implementation}
-        prefilled = read(model, params, prompts, policies=[policy], max_new_tokens=max_new_tokens, **options)
+        prefilled = read(model, params, prompts, policies=[policy], max_new_tokens=room, **options)
         begin_loop = _start_donating if policy.method.keeps_cache else start
     lengths = np.asarray(prefilled.prompts.lengths)
     static = {"policy": policy, "sampling": sampling, "implementation": implementation}
     state, first = begin_loop(model, prefilled.cache, prefilled.prompts, jax.random.key(seed), **static)
     del prefilled  # donated, unless it is the caller's
+    if fed is not None:
+        state, first = _feed(model, params, state, fed, **static)
+        lengths = lengths + np.array([len(row) for row in fed], np.int32)
     first_token, first_log_prob = jax.device_get(first)
     begun = time.perf_counter()
     outputs = [[int(token)] for token in first_token]
@@ -230,6 +242,27 @@ start = jax.jit(_start, static_argnames=("model", "policy", "sampling", "impleme
 _start_donating = jax.jit(
     _start, static_argnames=("model", "policy", "sampling", "implementation"), donate_argnames=("cache",)
 )
+
+
+def _feed(
+    model: Llama,
+    params: Params,
+    state: LoopState,
+    fed: Sequence[Sequence[int]],
+    *,
+    policy: Policy,
+    sampling: Sampling,
+    implementation: str | None,
+) -> tuple[LoopState, tuple[Int[Array, " batch"], Float[Array, " batch"]]]:
+    """The first token comes from the last fed one instead of the prompt's."""
+    tokens, counts = pad(fed, model.config.vocab, 1, argument="fed")
+    decode, logits = feed(model, params, state.decode, tokens, counts, policy=policy, implementation=implementation)
+    token, log_prob = sample(sampling, logits, jax.random.fold_in(state.key, decode.step))
+    return LoopState(decode, token, ~_is_eos(model, token), state.key), (token, log_prob)
+
+
+def _rows(prompts: Sequence[Sequence[int]] | Prefilled) -> int:
+    return len(prompts.prompts.lengths) if isinstance(prompts, Prefilled) else len(prompts)
 
 
 @functools.partial(
@@ -353,16 +386,16 @@ def _check_capacity(capacity: int, prompt: int, max_new_tokens: int) -> None:
 
 
 def pad(
-    prompts: Sequence[Sequence[int]], vocab: int, chunk: int
+    prompts: Sequence[Sequence[int]], vocab: int, chunk: int, *, argument: str = "prompts"
 ) -> tuple[Int[np.ndarray, "batch tokens"], Int[np.ndarray, " batch"]]:
     if not prompts:
-        raise ValueError("prompts is empty, expected at least one prompt")
+        raise ValueError(f"{argument} is empty, expected at least one prompt")
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompts[{row}] is empty, expected at least one token")
+            raise ValueError(f"{argument}[{row}] is empty, expected at least one token")
         outside = [token for token in prompt if not 0 <= token < vocab]
         if outside:
-            raise ValueError(f"prompts[{row}] holds token id {outside[0]}, expected ids from 0 to {vocab - 1}")
+            raise ValueError(f"{argument}[{row}] holds token id {outside[0]}, expected ids from 0 to {vocab - 1}")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), -(-int(lengths.max()) // chunk) * chunk), np.int32)
     for row, prompt in enumerate(prompts):

@@ -56,6 +56,11 @@ class Telemetry:
         """Mean slots attended per step and kv head."""
         return _mean_where(self.attended, self._running())
 
+    def density(self) -> Float[np.ndarray, " batch"]:
+        """Slots attended over slots in use, mean over the row's steps and layers; NaN without steps."""
+        shares = self.attended / self._lengths()[:, None, :]
+        return _mean_where(shares, np.broadcast_to(self._running(), shares.shape)).mean(axis=0)
+
     def kv_bytes_per_token(self) -> Float[np.ndarray, " batch"]:
         """Bytes that a decode step had to read to attend and to score, mean over the row's steps; 0 without steps.
 

@@ -26,6 +26,10 @@ class Text:
         """The tokens of a prompt, with the special ones that belong before it."""
         return self._tokenizer(text, verbose=False)["input_ids"]
 
+    def encode_more(self, text: str) -> list[int]:
+        """The tokens of text that goes on, without special ones."""
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of generated tokens up to the first end-of-sequence id, without special ones."""
         kept = list(takewhile(lambda token: token not in self._eos_ids, tokens))

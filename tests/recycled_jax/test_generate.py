@@ -74,6 +74,25 @@ def test_policies_share_a_prefill():
         generate(model, params, prefilled, policy=FULL, max_new_tokens=118)
 
 
+@pytest.mark.parametrize("policy", [FULL, make_policy("recycled", k=8, stride=1)])
+def test_fed_tokens_follow_the_prompt(policy):
+    rows, questions = prompts(11, 4), [[5, 6, 7], [8, 9, 10, 11, 12]]
+    whole = run([prompt + question for prompt, question in zip(rows, questions, strict=True)])
+    result = run(rows, policy=policy, fed=questions)
+    assert result.tokens == whole.tokens
+    np.testing.assert_allclose(result.log_probs, whole.log_probs, atol=1e-5)
+    assert result.telemetry.prompt_lengths.tolist() == [14, 9]
+    model, params = tiny_model()
+    prefilled = read(model, params, rows, max_new_tokens=17, chunk=16)
+    assert generate(model, params, prefilled, policy=policy, max_new_tokens=12, fed=questions).tokens == whole.tokens
+
+
+def test_density_by_hand():
+    density = run(prompts(11, 4), policy=RECYCLED, max_new_tokens=5).telemetry.density()
+    # steps 1 to 4 of stride 4: three read 8 slots of 12, 13, 14 and the fourth all 15; the short row has 5 to 8
+    np.testing.assert_allclose(density, [(8 / 12 + 8 / 13 + 8 / 14 + 1) / 4, 1])
+
+
 def test_one_token_needs_no_step():
     result = run(prompts(5), policy=RECYCLED, max_new_tokens=1)
     assert len(result.tokens[0]) == 1 and result.telemetry.steps.tolist() == [0]
@@ -117,6 +136,15 @@ def test_bfloat16_decodes():
     # the first token comes from the same prompt: bfloat16 keeps 8 bits, through 3 layers of large weights
     np.testing.assert_allclose([row[0] for row in result.log_probs], [row[0] for row in wide.log_probs], atol=0.3)
     assert np.isfinite(result.log_probs).all()
+
+
+def test_fed_rows_are_checked():
+    with pytest.raises(ValueError, match="fed has 1 rows, expected 2, one for each prompt"):
+        run(prompts(11, 4), fed=[[5]])
+    with pytest.raises(ValueError, match=r"fed\[1\] is empty, expected at least one token"):
+        run(prompts(11, 4), fed=[[5], []])
+    with pytest.raises(ValueError, match="fed tokens need loop='cond'"):
+        run(prompts(11, 4), policy=RECYCLED, fed=[[5], [6]], loop="nested")
 
 
 @pytest.mark.parametrize(
