@@ -255,7 +255,7 @@ def _feed(
     implementation: str | None,
 ) -> tuple[LoopState, tuple[Int[Array, " batch"], Float[Array, " batch"]]]:
     """The first token comes from the last fed one instead of the prompt's."""
-    tokens, counts = pad(fed, model.config.vocab, 1, argument="fed")
+    tokens, counts = pad(fed, model.config.vocab, 16, argument="fed")  # few lengths, few programs
     decode, logits = feed(model, params, state.decode, tokens, counts, policy=policy, implementation=implementation)
     token, log_prob = sample(sampling, logits, jax.random.fold_in(state.key, decode.step))
     return LoopState(decode, token, ~_is_eos(model, token), state.key), (token, log_prob)

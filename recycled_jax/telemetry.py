@@ -30,6 +30,10 @@ class Telemetry:
     scored: Float[np.ndarray, "steps layers batch"]
     coverage: Float[np.ndarray, "steps layers batch"]
 
+    def slots(self) -> Int[np.ndarray, "steps batch"]:
+        """Slots in use at each step, the present token included."""
+        return self.prompt_lengths[None, :] + 1 + np.arange(len(self.refreshed))[:, None]
+
     def refreshes(self) -> Int[np.ndarray, "layers batch"]:
         """Refreshes after prefill."""
         return self.refreshed.sum(axis=0)
@@ -58,7 +62,7 @@ class Telemetry:
 
     def density(self) -> Float[np.ndarray, " batch"]:
         """Slots attended over slots in use, mean over the row's steps and layers; NaN without steps."""
-        shares = self.attended / self._lengths()[:, None, :]
+        shares = self.attended / self.slots()[:, None, :]
         return _mean_where(shares, np.broadcast_to(self._running(), shares.shape)).mean(axis=0)
 
     def kv_bytes_per_token(self) -> Float[np.ndarray, " batch"]:
@@ -71,16 +75,12 @@ class Telemetry:
 
     def dense_kv_bytes_per_token(self) -> Float[np.ndarray, " batch"]:
         """What the dense policy would have read for the same tokens."""
-        slots = self._lengths()[:, None, :] * np.ones((1, self.config.layers, 1))
+        slots = self.slots()[:, None, :] * np.ones((1, self.config.layers, 1))
         return self._mean_over_steps(2 * slots)
 
     def _running(self) -> Bool[np.ndarray, "steps 1 batch"]:
         """Whether the row was active at the step."""
         return np.arange(len(self.refreshed))[:, None, None] < self.steps[None, None, :]
-
-    def _lengths(self) -> Int[np.ndarray, "steps batch"]:
-        """Slots in use at each step, the present token included."""
-        return self.prompt_lengths[None, :] + 1 + np.arange(len(self.refreshed))[:, None]
 
     def _mean_over_steps(self, slots: Float[np.ndarray, "steps layers batch"]) -> Float[np.ndarray, " batch"]:
         total = np.where(self._running(), slots, 0).sum(axis=(0, 1))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from recycled_jax.cca import CCA
+from recycled_jax.distributed import Distributed
 from recycled_jax.model import Remat
 from recycled_jax.recycled_attention import RecycledAttention
 from recycled_jax.tasks.words import KEYS
@@ -209,25 +210,6 @@ class Mesh:
         sizes = (self.data, self.fsdp, self.tensor, self.sequence)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh={asdict(self)} must have sizes of at least 1, or -1 in one place")
-
-
-@dataclass(frozen=True)
-class Distributed:
-    """How the hosts of a run find each other (`jax.distributed.initialize`): `coordinator` is the host:port of the
-    first of `processes`, `process` the number of this one. All three are found out on Cloud TPU, Kubernetes and Slurm.
-    A host that is silent for `heartbeat` seconds counts as dead, and the others end.
-    """
-
-    coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
-    heartbeat: int = 60
-
-    def __post_init__(self) -> None:
-        _check(self, "distributed.", ("heartbeat",), at_least=1)
-        given = [value is not None for value in (self.coordinator, self.processes, self.process)]
-        if any(given) and not all(given):
-            raise ValueError("distributed needs coordinator, processes and process, or none of them")
 
 
 @dataclass(frozen=True)

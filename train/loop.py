@@ -35,14 +35,8 @@ def train(config: TrainConfig) -> Path | None:
     Resumes from the newest checkpoint in `out`; SIGTERM saves one and stops. Of many hosts, all call this, and `out` is
     a folder they share.
     """
-    if (hosts := config.distributed) is not None:
-        jax.distributed.initialize(
-            hosts.coordinator,
-            hosts.processes,
-            hosts.process,
-            heartbeat_timeout_seconds=hosts.heartbeat,
-            shutdown_timeout_seconds=hosts.heartbeat,  # of a host that has failed: what the others wait for it
-        )
+    if config.distributed is not None:
+        config.distributed.join()
     out = Path(config.out)
     sentences = [sentence for path in config.data.texts for sentence in read_haystack(path, argument="data.texts")]
     mesh = make_mesh(config.mesh)

@@ -1,5 +1,6 @@
 """The model a command works with."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -30,6 +31,28 @@ class Text:
         """The tokens of text that goes on, without special ones."""
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
+    @property
+    def bos(self) -> str | None:
+        """The text of the token that begins a prompt."""
+        return self._tokenizer.bos_token  # pyright: ignore[reportReturnType]
+
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's own."""
+        return self._tokenizer.chat_template  # pyright: ignore[reportReturnType]
+
+    def in_template(self, text: str) -> str:
+        """The chat template around what a user says, up to where the answer begins."""
+        said = [{"role": "user", "content": text}]
+        return str(self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+
+    @property
+    def serialized(self) -> str:
+        """Vocabulary, rules and template: two tokenizers with the same one give the same tokens."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else str(sorted(self._tokenizer.get_vocab().items()))
+        return rules + str(self.chat_template)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of generated tokens up to the first end-of-sequence id, without special ones."""
         kept = list(takewhile(lambda token: token not in self._eos_ids, tokens))
@@ -53,6 +76,20 @@ class Checkpoint:
         folder = EMBEDDED if model is None else find_checkpoint(model)
         config = LlamaConfig.from_hf(folder)
         return cls(folder, config, Text(folder, config))
+
+    @property
+    def fingerprint(self) -> str:
+        """12 digits that tell its config and weights from others', by the names and sizes of the files and by their
+        first and last 64 KiB: weights of many gigabytes need not be read twice."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and not path.name.startswith((".", "tokenizer")):
+                digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
+                with path.open("rb") as file:
+                    digest.update(file.read(1 << 16))
+                    file.seek(max(0, path.stat().st_size - (1 << 16)))
+                    digest.update(file.read())
+        return digest.hexdigest()[:12]
 
     def load(self, dtype: str) -> tuple[Llama, Params]:
         """Model and parameters, computing in `dtype`. Raises as `checkpoint.load_model`."""

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
+from recycled_jax.distributed import Distributed
 from recycled_jax.tasks.prose import generated_sentences
 from tests.train import tiny_run
-from train.config import Distributed, Evaluation, Mesh, Stage, TrainConfig
+from train.config import Evaluation, Mesh, Stage, TrainConfig
 from train.loop import train
 
 EVALUATED = Evaluation(every=3, examples=3, length=96, retrieval=False, scored=8, strides=(4,))

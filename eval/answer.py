@@ -1,0 +1,218 @@
+"""A batch of questions under one policy: what it answers, what its layers did, and how long that took."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.cells import Cell, Question
+from eval.config import Chosen, EvalConfig, up_to_multiple
+from eval.metrics import METRICS
+from eval.ruler_files import prediction_record
+from eval.store import Answer
+from recycled_jax.decode import Params
+from recycled_jax.frame import Prefilled
+from recycled_jax.generate import Generation, generate, read
+from recycled_jax.model import Llama
+from recycled_jax.scoring import score_tokens
+from recycled_jax.telemetry import Telemetry
+
+BLOCK = 16  # decode steps between two looks at which rows have stopped
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Prompts that have been read, and the seconds it took; `cold` where the program was compiled within them."""
+
+    prefilled: Prefilled
+    seconds: float
+    cold: bool
+
+
+def capacity(cell: Cell, config: EvalConfig) -> int:
+    """Slots for every batch of a cell, so that all run the same programs."""
+    return up_to_multiple(cell.length, config.chunk) + up_to_multiple(cell.new_tokens, 128)
+
+
+def read_questions(
+    model: Llama,
+    params: Params,
+    cell: Cell,
+    questions: Sequence[Question],
+    policies: Sequence[Chosen],
+    config: EvalConfig,
+) -> Prefilled:
+    """The prompts, for policies that read them alike."""
+    prefilled = read(
+        model,
+        params,
+        [question.tokens for question in questions],
+        policies=[chosen.policy for chosen in policies],
+        max_new_tokens=max(_room(question) for question in questions),
+        capacity=capacity(cell, config),
+        chunk=config.chunk,
+        implementation=config.implementation,
+    )
+    return jax.block_until_ready(prefilled)
+
+
+def _room(question: Question) -> int:
+    return len(question.fed) + question.gen_tokens + len(question.follows)
+
+
+def generated(
+    model: Llama,
+    params: Params,
+    prefilled: Prefilled,
+    questions: Sequence[Question],
+    chosen: Chosen,
+    config: EvalConfig,
+    *,
+    coverage: bool = False,
+) -> Generation:
+    """Answers to all questions, each as long as the longest may be."""
+    fed = [question.fed for question in questions]
+    return generate(
+        model,
+        params,
+        prefilled,
+        policy=chosen.policy,
+        max_new_tokens=max(question.gen_tokens for question in questions),
+        sampling=config.sampling,
+        seed=config.seed,
+        fed=fed if any(fed) else None,
+        coverage=coverage,
+        block=BLOCK,
+        implementation=config.implementation,
+    )
+
+
+def scored(
+    model: Llama,
+    params: Params,
+    prefilled: Prefilled,
+    questions: Sequence[Question],
+    chosen: Chosen,
+    config: EvalConfig,
+    *,
+    coverage: bool = False,
+) -> tuple[np.ndarray, Telemetry]:
+    """Negative log-likelihoods (nats) of the tokens that follow, [batch, tokens], and what the steps did."""
+    follows = jnp.array([question.follows for question in questions])
+    result = score_tokens(
+        model,
+        params,
+        prefilled,
+        follows,
+        policy=chosen.policy,
+        coverage=coverage,
+        implementation=config.implementation,
+    )
+    trace = {name: np.asarray(values) for name, values in result.trace._asdict().items()}
+    steps = np.full(len(questions), follows.shape[1] - 1)
+    lengths = np.asarray(prefilled.prompts.lengths)
+    telemetry = Telemetry(model.config, chosen.policy, jnp.dtype(model.dtype).itemsize, lengths, steps, **trace)
+    return -np.asarray(result.log_probs, np.float64), telemetry
+
+
+def record_of_text(
+    cell: Cell, question: Question, done: Generation, row: int, told: Mapping[str, Any], config: EvalConfig
+) -> dict[str, Any]:
+    """RULER's record of a generated answer, cut at the question's own limit."""
+    assert cell.metric is not None
+    tokens, stop = done.tokens[row], done.stop[row]
+    if not np.isfinite(done.log_probs[row]).all():
+        told = {**told, "error": "the model gave a probability that is not finite"}
+    if len(tokens) > question.gen_tokens:
+        tokens, stop = tokens[: question.gen_tokens], "limit"
+    text = cell.prompts.decode(tokens)
+    scores = METRICS[cell.metric](text, question.outputs, question.meta)
+    others = {"stop": stop, "score": scores.pop("score"), **({"extras": scores} if scores else {}), **told}
+    return _record(cell, question, text, len(tokens), others, config)
+
+
+def record_of_nll(
+    cell: Cell, question: Question, nll: np.ndarray, told: Mapping[str, Any], config: EvalConfig
+) -> dict[str, Any]:
+    """The same for scored text."""
+    if not np.isfinite(nll).all():
+        nll, told = np.zeros(0), {**told, "error": "the model gave a probability that is not finite"}
+    rounded = [round(float(value), 6) for value in nll]
+    return _record(cell, question, "", len(nll), {"stop": "limit", "nll": rounded, **told}, config)
+
+
+def record_of_failure(cell: Cell, line: int, error: Exception, told: Mapping[str, Any], config: EvalConfig) -> Answer:
+    """An example that could not be asked or answered counts as 0, and as failed."""
+    failure = Question(line, line, "", (), ())
+    score = {} if cell.metric is None else {"score": 0.0}
+    others = {"stop": "limit", **score, **told, "error": f"{type(error).__name__}: {error}"}
+    return Answer(_record(cell, failure, "", 0, others, config), None, None)
+
+
+def _record(
+    cell: Cell, question: Question, text: str, gen_tokens: int, others: Mapping[str, Any], config: EvalConfig
+) -> dict[str, Any]:
+    prompt_tokens = len(question.tokens) + len(question.fed)
+    where = {"line": question.line, "task": cell.task, "target_length": cell.length}
+    counts = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens}
+    return prediction_record(
+        index=question.index,
+        pred=text,
+        input=question.input if config.store_input else "",
+        outputs=question.outputs,
+        others={**where, **counts, **others, "meta": dict(question.meta), "cell": cell.hash},
+        length=prompt_tokens + gen_tokens,
+    )
+
+
+def told_by_steps(telemetry: Telemetry, row: int) -> dict[str, Any]:
+    """What a prediction says of its decode steps: means over layers and steps."""
+    layers, steps = telemetry.config.layers, int(telemetry.steps[row])
+    refreshes = int(telemetry.refreshes()[:, row].sum())
+    full = int((telemetry.attended[:steps, :, row] >= telemetry.slots()[:steps, None, row]).sum())
+    return {
+        "policy_steps": round(steps - full / layers, 4),
+        "effective_stride": round(steps * layers / refreshes, 4) if refreshes else None,
+        "density": _number(telemetry.density()[row]) if steps else None,
+        "kv_bytes_per_step": _number(telemetry.kv_bytes_per_token()[row]),
+        "dense_kv_bytes_per_step": _number(telemetry.dense_kv_bytes_per_token()[row]),
+    }
+
+
+def layers_of(telemetry: Telemetry, row: int, line: int) -> dict[str, Any]:
+    """One line of `telemetry.jsonl`."""
+    steps = int(telemetry.steps[row])
+    layers = []
+    for layer in range(telemetry.config.layers):
+        at = (slice(0, steps), layer, row)
+        refreshed = np.flatnonzero(telemetry.refreshed[at])
+        coverage = telemetry.coverage[at]
+        layers.append(
+            {
+                "layer": layer,
+                "refreshes": (refreshed + 1).tolist(),
+                "overlap": [_number(value) for value in telemetry.overlap[at][refreshed]],
+                "similarity": [_number(value) for value in telemetry.similarity[at] if not np.isnan(value)],
+                "coverage_by_age": None if np.isnan(coverage).all() else _by_age(coverage, refreshed),
+            }
+        )
+    return {"line": line, "layers": layers}
+
+
+def _by_age(coverage: np.ndarray, refreshed: np.ndarray) -> list[float | None]:
+    """Means by the steps since the refresh, from 0; the first selection counts as made before step 0."""
+    ages, age = np.zeros(len(coverage), int), 0
+    for step in range(len(coverage)):
+        age = 0 if step in refreshed else age + 1
+        ages[step] = age
+    return [
+        _number(np.nanmean(of_age)) if len(of_age := coverage[(ages == age) & ~np.isnan(coverage)]) else None
+        for age in range(ages.max(initial=0) + 1)
+    ]
+
+
+def _number(value: float) -> float | None:
+    return None if not np.isfinite(value) else round(float(value), 6)

@@ -1,0 +1,160 @@
+"""The evaluation itself: plan, answer every question under every policy, and put the figures together."""
+
+import datetime
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from eval.cells import Cell, digest, make_cells
+from eval.config import Chosen, EvalConfig, chosen, couples_rows
+from eval.prompts import Prompts, fingerprint
+from eval.provenance import provenance
+from eval.ruler_files import summary_csv
+from eval.store import Answer, RunFolder, write_json
+from eval.summary import beside_dense, cell_metrics, long_csv, task_scores, timing
+from eval.work import Batches, Run, Work, batches
+from recycled_jax.commands.loading import Checkpoint
+
+
+def evaluate(config: EvalConfig) -> int:
+    """Runs what is missing, and returns the exit status: 0 when every cell is complete, 1 when one has failed.
+
+    Raises ValueError and OSError for bad input, before anything is computed or changed.
+    """
+    if config.distributed is not None:
+        config.distributed.join()
+    checkpoint = Checkpoint.find(config.model)
+    prompts = Prompts(checkpoint.text, fingerprint(checkpoint.text), config.template)
+    cells = make_cells(config, prompts, config.max_length or checkpoint.config.max_length)
+    runs = [Run(one, _folder(config, checkpoint, prompts, one)) for one in chosen(config)]
+    missing = {cell: _missing(cell, runs, config) for cell in cells}
+    print(_plan(cells, runs, missing), file=sys.stderr)
+    for run in runs:
+        run.folder.begin()
+    started = _now()
+    network, params = checkpoint.load(config.dtype)
+    if any(missing.values()):
+        work = Work(config, network, params, runs)
+        total = sum(
+            cell.length * len(lines) for cell, of in missing.items() for by in of.values() for lines in by.values()
+        )
+        with tqdm(total=total, unit="token", unit_scale=True, disable=jax.process_index() > 0) as progress:
+            for cell, of_cell in missing.items():
+                work.answer(cell, of_cell, progress)
+    _wait("answers")
+    if jax.process_index() > 0:
+        return 0
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    complete = _summarize(cells, runs, weight_bytes, config)
+    for run in runs:
+        told = {"started": started, "ended": _now(), "processes": jax.process_count(), "batch": config.batch}
+        run.folder.add_invocation({**provenance(), **told})
+    return 0 if complete else 1
+
+
+def _missing(cell: Cell, runs: Sequence[Run], config: EvalConfig) -> Batches:
+    """Of the batches that are this process's. A batch is answered whole, for its rows may differ in their last bits
+    when others stand beside them; so they are what is dealt out."""
+    missing: dict[int, dict[int, set[int]]] = defaultdict(dict)
+    for place, run in enumerate(runs):
+        done = {line for line, answer in run.cell(cell).answers().items() if not answer.failed}
+        for number, lines in batches(cell, config.batch):
+            if number % jax.process_count() == jax.process_index() and not done.issuperset(lines):
+                missing[number][place] = set(lines) - done
+    return dict(sorted(missing.items()))
+
+
+def _summarize(cells: Sequence[Cell], runs: Sequence[Run], weight_bytes: int, config: EvalConfig) -> bool:
+    """Writes every run's files, and says whether all is there."""
+    complete = True
+    answers: dict[tuple[int, Cell], list[Answer]] = {}
+    for place, run in enumerate(runs):
+        for cell in cells:
+            folder = run.cell(cell)
+            found = folder.answers()
+            if missing := [line for line in range(cell.examples) if line not in found]:
+                complete = False
+                where = folder.path / "error.json"
+                print(
+                    f"eval: {folder.path} lacks {len(missing)} of {cell.examples} answers; see {where}", file=sys.stderr
+                )
+                continue
+            folder.merge()
+            (folder.path / "error.json").unlink(missing_ok=True)
+            answers[place, cell] = list(folder.answers().values())
+            complete &= not any(answer.failed for answer in found.values())
+    dense = next((place for place, run in enumerate(runs) if run.chosen.name == "full"), None)
+    for place, run in enumerate(runs):
+        for cell in cells:
+            if (place, cell) not in answers:
+                continue
+            own = answers[place, cell]
+            metrics = cell_metrics(cell, own, weight_bytes)
+            beside = None
+            if dense is not None and (dense, cell) in answers:
+                beside = beside_dense(runs[dense].folder.path.name, own, answers[dense, cell])
+            metrics["dense"] = beside
+            path = run.folder.cell(cell.task, cell.length)
+            write_json(path / "metrics.json", metrics)
+            write_json(path / "timing.json", timing([a.seconds for a in own if a.seconds], config.batch))
+        _write_run(run)
+    return complete
+
+
+def _write_run(run: Run) -> None:
+    """The figures of all its cells, those of earlier invocations too."""
+    config, path = run.folder.config, run.folder.path
+    policy, model = config["policy"], config["model"]["name"]
+    figures = [json.loads(found.read_text()) for found in sorted(path.glob("cells/*/*/metrics.json"))]
+    figures.sort(key=lambda cell: (cell["task"], cell["length"]))
+    write_json(path / "metrics.json", {"hash": config["hash"], "policy": policy, "model": model, "cells": figures})
+    (path / "summary.csv").write_text(summary_csv(task_scores(figures)))
+    (path / "summary_long.csv").write_text(long_csv(model, policy, figures))
+
+
+def _folder(config: EvalConfig, checkpoint: Checkpoint, prompts: Prompts, one: Chosen) -> RunFolder:
+    model = "embedded" if config.model is None else Path(config.model).name
+    settings = {
+        "schema": 1,
+        "model": {
+            "name": model,
+            "weights": checkpoint.fingerprint,
+            "tokenizer": prompts.fingerprint,
+            "dtype": config.dtype,
+        },
+        "policy": {"name": one.name, **one.knobs},
+        "mode": "gather",
+        "implementation": config.implementation,
+        "template": config.template,
+        "sampling": asdict(config.sampling),
+        "question": config.question,
+        "chunk": config.chunk,
+        **({"batch": config.batch} if couples_rows(one.policy) else {}),
+    }
+    return RunFolder(Path(config.out), f"{model}__{one.title}", settings, digest(settings), fresh=config.fresh)
+
+
+def _plan(cells: Sequence[Cell], runs: Sequence[Run], missing: dict[Cell, Batches]) -> str:
+    examples = sum(cell.examples for cell in cells)
+    tokens = sum(cell.examples * cell.length for cell in cells)
+    left = sum(len(places) for of in missing.values() for places in of.values())
+    return (
+        f"{len(runs)} policies × {len(cells)} cells: {examples} examples of {tokens:,} tokens for each policy, "
+        f"{left} batches to answer"
+    )
+
+
+def _wait(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
