@@ -100,11 +100,9 @@ class GeneratedCell(Cell):
         }
 
     def question(self, line):
-        turns = getattr(self.made_by, "turns", None)
-        of_example = 1 if turns is None else turns + 1  # the control is one more
-        index, turn = divmod(line, of_example)
+        index, turn = divmod(line, self.made_by.questions)
         example = self.made_by.example(length=self.length, seed=self.seed, index=index, encode=self.prompts.encode)
-        if turns is not None:
+        if self.made_by.questions > 1:
             asked = example.meta["turns"][turn]
             before = "".join(t["question"] + t["answer_prefix"] + t["gold"] for t in example.meta["turns"][:turn])
             tokens, fed = self.prompts.split(example.context, before + asked["question"], asked["answer_prefix"])
@@ -204,8 +202,8 @@ def _cells(config: EvalConfig, prompts: Prompts, max_length: int) -> Iterator[Ce
                 yield PerplexityCell(label, length, count, prompts, documents, scored)
         else:
             task = _make_task(name, params, config)
-            lines = config.examples * (getattr(task, "turns", 0) + 1)
-            decode = config.question == "decode" or hasattr(task, "turns")
+            lines = config.examples * task.questions
+            decode = config.question == "decode" or task.questions > 1
             for length in config.lengths:
                 yield GeneratedCell(label, length, lines, prompts, task, config.seed, decode)
 

@@ -40,6 +40,11 @@ class Task(ABC):
         Raises ValueError when not even the smallest fits, naming the smallest length that works.
         """
 
+    @property
+    def questions(self) -> int:
+        """Of one example: more than one are its turns, told in `meta["turns"]`."""
+        return 1
+
     def generator(self, *, length: int, seed: int, index: int) -> np.random.Generator:
         """The random numbers of one example."""
         name, version = type(self).__name__, self.version
