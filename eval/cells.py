@@ -5,7 +5,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -216,9 +216,10 @@ def _make_task(name: str, params: Mapping[str, Any], config: EvalConfig) -> Task
         if param not in known:
             raise ValueError(f"the task {name} has no setting {param!r}; {nearest(param, known)}")
     given = dict(SMALL.get(name, {}) if config.preset == "small" else {})
-    if config.haystack is not None and "haystack" in known:
-        given["haystack"] = Haystack.read(Path(config.haystack))
-    return TASKS[name](**{**given, **params})
+    task = TASKS[name](**{**given, **params})
+    if config.haystack is not None and task.takes_haystack:
+        return replace(task, haystack=Haystack.read(Path(config.haystack)))  # pyright: ignore[reportCallIssue]
+    return task
 
 
 def _ruler_cells(params: dict[str, Any], config: EvalConfig, prompts: Prompts, max_length: int) -> Iterator[RulerCell]:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from eval.tasks.needle import Draft, fitted
+from eval.tasks.filling import Draft, fitted
 from eval.tasks.task import Task
 from recycled_jax.tasks.example import Encode, Example
 from recycled_jax.tasks.words import ADJECTIVES, KEYS, PLACES, ROLES, THINGS

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from eval.tasks.filling import Draft, fitted
 from eval.tasks.html_page import KINDS, NAME, TOPICS, Kind, names, page_html, row_html, table_html, tsv
-from eval.tasks.needle import Draft, Filler, fitted
+from eval.tasks.sentences import Filler
 from eval.tasks.task import Haystack, Task
 from recycled_jax.tasks.example import Encode, Example
 from recycled_jax.tasks.prose import filler_sentences

@@ -4,8 +4,10 @@ the first question is missing for the next. A context whose every line is a key 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from eval.tasks.needle import Draft, Filler, check_digits, distinct_numbers, fitted
+from eval.tasks.filling import Draft, fitted
+from eval.tasks.sentences import Filler
 from eval.tasks.task import Task
+from eval.tasks.word_lists import check_digits, distinct_numbers
 from recycled_jax.tasks.example import Encode, Example
 from recycled_jax.tasks.prose import filler_sentences
 from recycled_jax.tasks.words import KEYS

@@ -5,8 +5,10 @@ import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
-from eval.tasks.needle import Draft, Filler, check_digits, distinct_numbers, fitted, insert_at
+from eval.tasks.filling import Draft, fitted
+from eval.tasks.sentences import Filler, insert_at
 from eval.tasks.task import Task
+from eval.tasks.word_lists import check_digits, distinct_numbers
 from recycled_jax.tasks.example import Encode, Example
 
 OPENING = "One line of this text holds a pass key. Nothing else in it matters. The pass key is asked for at the end."

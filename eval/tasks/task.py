@@ -41,6 +41,11 @@ class Task(ABC):
         """
 
     @property
+    def takes_haystack(self) -> bool:
+        """Whether it hides facts in prose, which may be a user's."""
+        return any(field.name == "haystack" for field in fields(self))
+
+    @property
     def questions(self) -> int:
         """Of one example: more than one are its turns, told in `meta["turns"]`."""
         return 1

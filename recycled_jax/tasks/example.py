@@ -1,4 +1,4 @@
-"""What a generated task makes: an example, from a random generator of its own, filled up to a length."""
+"""What a generated task makes: an example, from a random generator of its own."""
 
 import hashlib
 import json
@@ -37,23 +37,3 @@ def generator(**identity: Any) -> np.random.Generator:
     (task, version, parameters, length, seed, index), so that they never depend on how many examples are made."""
     canonical = json.dumps(identity, sort_keys=True)
     return np.random.default_rng(int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big"))
-
-
-def filled(build: Callable[[int], Example], *, units: int, length: int, encode: Encode, task: str) -> Example:
-    """`build(n)` for the largest n up to `units` whose prompt and answer fit into `length` tokens.
-
-    More units of filler make a longer prompt. Raises ValueError when not even `build(0)` fits, naming the smallest
-    length that works.
-    """
-
-    def tokens(example: Example) -> int:
-        return len(encode(example.prompt)) + example.gen_tokens
-
-    least = tokens(build(0))
-    if least > length:
-        raise ValueError(f"length={length} is too short for {task}, the smallest that works here is {least} tokens")
-    low, high = 0, units
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if tokens(build(middle)) <= length else (low, middle - 1)
-    return build(low)
