@@ -235,8 +235,9 @@ def _read_ruler(path: Path, files: Sequence[Path]) -> Run:
 def _read_cell(folder: Path) -> Cell:
     where = str(folder / "task.json")
     task = _object(folder / "task.json")
-    files = {name: folder / name for name in ("predictions.jsonl", "telemetry.jsonl", "metrics.json", "error.json")}
-    there = {name: file for name, file in files.items() if file.exists()}
+    names = ("predictions.jsonl", "telemetry.jsonl", "metrics.json", "timing.json", "error.json")
+    there = {name: folder / name for name in names if (folder / name).exists()}
+    timing = _object(there["timing.json"]) if "timing.json" in there else {}
     telemetry = _lines(there["telemetry.jsonl"]) if "telemetry.jsonl" in there else []
     return Cell(
         _take(task, "name", str, where),
@@ -244,7 +245,7 @@ def _read_cell(folder: Path) -> Cell:
         _take(task, "hash", str, where),
         _predictions(there["predictions.jsonl"]) if "predictions.jsonl" in there else {},
         {_take(line, "line", int, at): _layers(at, line) for at, line in telemetry},
-        _metrics(there["metrics.json"]) if "metrics.json" in there else None,
+        _metrics(there["metrics.json"], timing) if "metrics.json" in there else None,
         str(_object(there["error.json"]).get("error")) if "error.json" in there else None,
     )
 
@@ -295,8 +296,8 @@ def _layers(where: str, line: Mapping[str, Any]) -> tuple[Layer, ...]:
     )
 
 
-def _metrics(path: Path) -> CellMetrics:
-    values, where = _object(path), str(path)
+def _metrics(path: Path, timing: Mapping[str, Any]) -> CellMetrics:
+    values, where = {**_object(path), **timing}, str(path)
     low_high = _many(values, "interval", where)
     low, high = low_high if len(low_high) == 2 else (None, None)
     batch = _number(values, "batch", where)

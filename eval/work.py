@@ -29,7 +29,8 @@ class Run:
 
     def cell(self, cell: Cell) -> CellFolder:
         path = self.folder.cell(cell.task, cell.length)
-        return CellFolder(path, cell.identity, process=jax.process_index(), processes=jax.process_count())
+        identity = {**cell.identity, "hash": cell.hash}
+        return CellFolder(path, identity, process=jax.process_index(), processes=jax.process_count())
 
 
 # place of a run → lines of a batch that it has not answered

@@ -155,6 +155,7 @@ def _write_cell(folder: Path, key: Key, task: str, length: int, records: list[di
     score = sum(scores) / len(scores)
     nll = [value for record in records for value in record["others"].get("nll", [])]
     dense = key[0] == "full"
+    write(cell / "timing.json", {"batch": 5, "prefill_ms": 50.0, "decode_ms_per_step": DECODE_MS[key]})
     write(
         cell / "metrics.json",
         {
@@ -168,8 +169,7 @@ def _write_cell(folder: Path, key: Key, task: str, length: int, records: list[di
             "coverage": None if dense else [0.9, 0.8, 0.7],
             "density": 1.0 if dense else 0.1,
             "kv_bytes_per_step": 4_000_000 if dense else 1_000 * (key[1] or 0) * length // 64,
-            "dense_kv_bytes_per_step": 4_000_000, "weight_bytes": 2_500_000, "prefill_ms": 50.0,
-            "decode_ms_per_step": DECODE_MS[key], "batch": 5,
+            "dense_kv_bytes_per_step": 4_000_000, "weight_bytes": 2_500_000,
             **({"ppl": math.exp(sum(nll) / len(nll)), "ppl_policy": 1.0, "tokens": len(nll)} if of_perplexity else {}),
             "dense": None,
         },

@@ -96,7 +96,7 @@ def test_csv_has_the_same_numbers(runs):
 
 @pytest.mark.parametrize("field", ["device", "batch", "mode"])
 def test_no_ratio_of_times_between_devices_batches_or_modes(runs, field):
-    paths = {"device": "run_meta.json", "batch": "cells/single/512/metrics.json", "mode": "config.json"}
+    paths = {"device": "run_meta.json", "batch": "cells/single/512/timing.json", "mode": "config.json"}
     path = runs[1] / paths[field]
     value = json.loads(path.read_text())
     if field == "device":
