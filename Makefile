@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt .python-version
 	         "install one and name it: make PYTHON=python3.12 install" >&2; exit 1; }
 	$(PYTHON) -m venv $$($(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || echo --clear) $(VENV)
 	$(RUN) pip install --quiet --constraint constraints.txt setuptools
-	$(RUN) pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,train]'
+	$(RUN) pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,train,eval]'
 	@touch $@
 
 # The TPU compiler lies beside the environment, not in it: there, JAX would look for a TPU whenever it starts.

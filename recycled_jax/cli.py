@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "Continue one prompt on the terminal, or many from a JSONL file.",
     "convert": "Convert a checkpoint, Hugging Face to orbax or back.",
     "policies": "List the policies, or explain one.",
+    "lm-eval": "Run lm-evaluation-harness with the model `recycled_jax` in it; all flags are the harness's.",
 }
 
 
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, *arguments: str) -> None:
+    if name == "lm-eval":
+        import_module("recycled_jax.commands.lm_eval").run_harness(arguments)
+        return
     function = getattr(import_module(f"recycled_jax.commands.{name}"), name)
     function(**parse(function, arguments, prog=f"recycled {name}"))
 

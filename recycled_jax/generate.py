@@ -79,7 +79,7 @@ def generate(
     coverage: bool = False,
     block: int = 64,
     implementation: str | None = None,
-    on_block: Callable[[list[list[int]]], None] | None = None,
+    on_block: Callable[[list[list[int]]], bool | None] | None = None,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens` tokens, until one of the model's end-of-sequence ids.
 
@@ -88,9 +88,9 @@ def generate(
     `fed` are tokens that follow each prompt through decode steps before anything is generated: a question that the
     policy reads with what it has kept of the prompt. Their steps are not traced, their seconds count as prefill's.
     `capacity` and `chunk` (default 512) are those of `read`. `block` decode steps run on the device between two looks
-    of the host; after each, `on_block` gets the tokens every row has gained. `coverage` records the attention mass on
-    the selections, which reads all keys: not for timing. Greedy unless `sampling` says otherwise; a sampled row draws
-    by its place in the batch.
+    of the host; after each, `on_block` gets the tokens every row has gained, and may end the generation by answering
+    True. `coverage` records the attention mass on the selections, which reads all keys: not for timing. Greedy unless
+    `sampling` says otherwise; a sampled row draws by its place in the batch.
 
     Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt that does not fit, and `nested` with
     a schedule other than a fixed stride.
@@ -134,13 +134,12 @@ def generate(
     begun = time.perf_counter()
     outputs = [[int(token)] for token in first_token]
     log_probs = [[float(log_prob)] for log_prob in first_log_prob]
-    if on_block is not None:
-        on_block([list(row) for row in outputs])
+    enough = on_block is not None and bool(on_block([list(row) for row in outputs]))
     blocks: list[Block] = []
     correction = policy.correct_every
     uncorrected = Uncorrected(first_token, np.zeros((len(lengths), correction or 0), np.int32))
     remaining = max_new_tokens - 1
-    while remaining > 0 and bool(jnp.any(state.active)):
+    while remaining > 0 and not enough and bool(jnp.any(state.active)):
         limit = min(block, remaining, uncorrected.room or remaining)
         state, device_block = run_block(
             model, params, state, jnp.int32(limit), steps=block, stride=stride, coverage=coverage, **static
@@ -158,8 +157,7 @@ def generate(
         for row, new in enumerate(gained):
             outputs[row] += new
             log_probs[row] += done.log_probs[: done.steps[row], row].tolist()
-        if on_block is not None:
-            on_block(gained)
+        enough = on_block is not None and bool(on_block(gained))
     jax.block_until_ready(state)
     decoded = time.perf_counter()
     return Generation(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from recycled_jax.decode import Params, begin, decode_step
 from recycled_jax.frame import LayerTrace, Prefilled
@@ -15,10 +15,11 @@ from recycled_jax.policies import Policy
 
 
 class Scored(NamedTuple):
-    """`log_probs[b, i]` is that of token i of row b, given all before it; `trace` is of the steps that read tokens 0,
-    1, … and gave the log-probabilities from the second one on."""
+    """`log_probs[b, i]` is that of token i of row b, given all before it, and `greedy[b, i]` whether greedy decoding
+    would have taken it; `trace` is of the steps that read tokens 0, 1, … and gave both from the second one on."""
 
     log_probs: Float[Array, "batch tokens"]
+    greedy: Bool[Array, "batch tokens"]
     trace: LayerTrace  # [tokens - 1, layers, batch]
 
 
@@ -50,13 +51,17 @@ def score_tokens(
         logits, state, trace = decode_step(
             model, params, state, token, policy=policy, coverage=coverage, implementation=implementation
         )
-        return state, (_log_prob(logits, following), trace)
+        return state, (*_judge(logits, following), trace)
 
     by_step = tokens.T
-    _, (log_probs, trace) = lax.scan(step, state, (by_step[:-1], by_step[1:]))
-    first = _log_prob(prefilled.prompts.logits, by_step[0])
-    return Scored(jnp.concatenate([first[None], log_probs]).T, trace)
+    _, (log_probs, greedy, trace) = lax.scan(step, state, (by_step[:-1], by_step[1:]))
+    first, first_greedy = _judge(prefilled.prompts.logits, by_step[0])
+    return Scored(jnp.concatenate([first[None], log_probs]).T, jnp.concatenate([first_greedy[None], greedy]).T, trace)
 
 
-def _log_prob(logits: Float[Array, "batch vocab"], token: Int[Array, " batch"]) -> Float[Array, " batch"]:
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+def _judge(
+    logits: Float[Array, "batch vocab"], token: Int[Array, " batch"]
+) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
+    """The token's log-probability, and whether greedy decoding would have taken it."""
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+    return log_prob, jnp.argmax(logits, axis=-1) == token

@@ -61,6 +61,18 @@ def test_block_size_changes_nothing(block):
     assert result.tokens == run(rows, policy=RECYCLED).tokens == seen
 
 
+def test_whoever_looks_may_end_it():
+    free, seen = run(prompts(11, 4), block=2), []
+
+    def enough(new):
+        seen.append(new)
+        return len(seen) == 3  # the first token, and two blocks
+
+    ended = run(prompts(11, 4), block=2, on_block=enough)
+    assert ended.tokens == [row[:5] for row in free.tokens]
+    assert ended.telemetry.steps.tolist() == [4, 4]
+
+
 def test_policies_share_a_prefill():
     rows = prompts(11, 4)
     model, params = tiny_model()

@@ -1,0 +1,1 @@
+"""A model for lm-evaluation-harness; `recycled lm-eval` runs the harness with it."""
