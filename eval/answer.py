@@ -1,7 +1,8 @@
 """A batch of questions under one policy: what it answers, what its layers did, and how long that took."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,21 +21,22 @@ from recycled_jax.model import Llama
 from recycled_jax.scoring import score_tokens
 from recycled_jax.telemetry import Telemetry
 
+_NOT_FINITE = "the model gave a probability that is not finite"
 BLOCK = 16  # decode steps between two looks at which rows have stopped
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Prompts that have been read, and the seconds it took; `cold` where the program was compiled within them."""
+def capacity(cell: Cell, questions: Sequence[Question], config: EvalConfig) -> int:
+    """Slots for every batch of a cell, so that all run the same programs; more where a prompt is longer than its file
+    said."""
+    longest = max((len(question.tokens) for question in questions), default=0)
+    room = max(cell.new_tokens, max(map(_room, questions), default=0))
+    return up_to_multiple(max(cell.length, longest), config.chunk) + up_to_multiple(room, 128)
 
-    prefilled: Prefilled
-    seconds: float
-    cold: bool
 
-
-def capacity(cell: Cell, config: EvalConfig) -> int:
-    """Slots for every batch of a cell, so that all run the same programs."""
-    return up_to_multiple(cell.length, config.chunk) + up_to_multiple(cell.new_tokens, 128)
+def of_kept_tokens(telemetry: Telemetry, questions: Sequence[Question]) -> Telemetry:
+    """Without the steps that a row made beyond its own limit, because another row's is higher."""
+    limits = np.array([question.gen_tokens - 1 for question in questions])
+    return replace(telemetry, steps=np.minimum(telemetry.steps, limits))
 
 
 def read_questions(
@@ -52,7 +54,7 @@ def read_questions(
         [question.tokens for question in questions],
         policies=[chosen.policy for chosen in policies],
         max_new_tokens=max(_room(question) for question in questions),
-        capacity=capacity(cell, config),
+        capacity=capacity(cell, questions, config),
         chunk=config.chunk,
         implementation=config.implementation,
     )
@@ -82,7 +84,7 @@ def generated(
         policy=chosen.policy,
         max_new_tokens=max(question.gen_tokens for question in questions),
         sampling=config.sampling,
-        seed=config.seed,
+        seed=config.seed + questions[0].line,  # a row draws by its place in the batch
         fed=fed if any(fed) else None,
         coverage=coverage,
         block=BLOCK,
@@ -124,13 +126,12 @@ def record_of_text(
     """RULER's record of a generated answer, cut at the question's own limit."""
     assert cell.metric is not None
     tokens, stop = done.tokens[row], done.stop[row]
-    if not np.isfinite(done.log_probs[row]).all():
-        told = {**told, "error": "the model gave a probability that is not finite"}
+    wrong = {} if np.isfinite(done.log_probs[row]).all() else {"error": _NOT_FINITE, "score": 0.0}
     if len(tokens) > question.gen_tokens:
         tokens, stop = tokens[: question.gen_tokens], "limit"
     text = cell.prompts.decode(tokens)
     scores = METRICS[cell.metric](text, question.outputs, question.meta)
-    others = {"stop": stop, "score": scores.pop("score"), **({"extras": scores} if scores else {}), **told}
+    others = {"stop": stop, "score": scores.pop("score"), **({"extras": scores} if scores else {}), **told, **wrong}
     return _record(cell, question, text, len(tokens), others, config)
 
 
@@ -139,17 +140,17 @@ def record_of_nll(
 ) -> dict[str, Any]:
     """The same for scored text."""
     if not np.isfinite(nll).all():
-        nll, told = np.zeros(0), {**told, "error": "the model gave a probability that is not finite"}
+        nll, told = np.zeros(0), {**told, "error": _NOT_FINITE}
     rounded = [round(float(value), 6) for value in nll]
     return _record(cell, question, "", len(nll), {"stop": "limit", "nll": rounded, **told}, config)
 
 
-def record_of_failure(cell: Cell, line: int, error: Exception, told: Mapping[str, Any], config: EvalConfig) -> Answer:
-    """An example that could not be asked or answered counts as 0, and as failed."""
-    failure = Question(line, line, "", (), ())
+def failure(cell: Cell, question: Question, told: Mapping[str, Any], config: EvalConfig) -> Answer:
+    """A question that could not be asked counts as 0, and as failed."""
+    shown = replace(question, outputs=question.outputs or ("(not asked)",))  # RULER's scorer wants a reference
     score = {} if cell.metric is None else {"score": 0.0}
-    others = {"stop": "limit", **score, **told, "error": f"{type(error).__name__}: {error}"}
-    return Answer(_record(cell, failure, "", 0, others, config), None, None)
+    others = {"stop": "limit", **score, **told, "error": question.error}
+    return Answer(_record(cell, shown, "", 0, others, config), None, None)
 
 
 def _record(
@@ -158,12 +159,13 @@ def _record(
     prompt_tokens = len(question.tokens) + len(question.fed)
     where = {"line": question.line, "task": cell.task, "target_length": cell.length}
     counts = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens}
+    digest = {} if config.store_input else {"input_sha256": hashlib.sha256(question.input.encode()).hexdigest()}
     return prediction_record(
         index=question.index,
         pred=text,
         input=question.input if config.store_input else "",
         outputs=question.outputs,
-        others={**where, **counts, **others, "meta": dict(question.meta), "cell": cell.hash},
+        others={**where, **counts, **others, **digest, "meta": dict(question.meta), "cell": cell.hash},
         length=prompt_tokens + gen_tokens,
     )
 

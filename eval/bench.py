@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval import peer_hf, random_llama
+from eval.config import Named, chosen
 from eval.provenance import provenance
 from eval.random_llama import RandomLlama
 from eval.step_bytes import bandwidth, dense_bytes, observed_bytes, weights_read
@@ -31,11 +32,9 @@ from eval.timing import Candidate, Clock, Measured, Repeats, Workload, prepare, 
 from pallas_kernels.dispatch import kernels_by_default
 from recycled_jax.commands.loading import Checkpoint
 from recycled_jax.decode import Params
-from recycled_jax.flags import PolicyChoice
 from recycled_jax.frame import FixedStride, LayerTrace, Recycling
 from recycled_jax.model import Llama
-from recycled_jax.named import knobs_of
-from recycled_jax.policies import POLICIES, Policy, make_policy
+from recycled_jax.policies import Policy, make_policy
 from recycled_jax.tasks.prose import generated_sentences
 
 MOST_DRIFT = 0.05  # between the medians of two dense runs, before what lies between them is void
@@ -70,7 +69,7 @@ class BenchConfig:
         dtype: Of weights, cache and computation.
         lengths: Tokens of the prompts; a line for each.
         batches: Rows decoded together; a line for each. What does not fit the memory is recorded so.
-        policies: Name and knobs of each.
+        policies: Names, or mappings like {name: recycled, stride: 10}.
         budgets: Values of the knob `k` that every policy runs with which has it and does not set it.
         decode_steps: Decode steps in a timed run.
         repeats: Timed runs.
@@ -86,7 +85,7 @@ class BenchConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
     batches: tuple[int, ...] = (1,)
-    policies: tuple[PolicyChoice, ...] = (PolicyChoice("recycled"),)
+    policies: tuple[Named, ...] = ("recycled",)
     budgets: tuple[int, ...] = (1024,)
     decode_steps: int = 128
     repeats: int = 10
@@ -184,25 +183,19 @@ def bench(config: BenchConfig, *, clock: Clock = time.perf_counter, prepare: Pre
 def _entries(config: BenchConfig) -> list[Entry]:
     """The policies of the grid with each of the budgets that apply."""
     entries = []
-    for choice in config.policies:
-        defaults = {knob: default for knob, (_, default) in knobs_of("policy", POLICIES, choice.name).items()}
-        swept = config.budgets if "k" in defaults and "k" not in choice.knobs else (None,)
-        for k in swept:
-            knobs = {} if k is None else {"k": k}
-            # of YAML, which has no tuples
-            knobs |= {name: tuple(value) if isinstance(value, list) else value for name, value in choice.knobs.items()}
-            policy = _with_stride(make_policy(choice.name, **knobs), config.force_stride)
-            if policy.correct_every is not None:
-                raise ValueError(
-                    f"policies has {choice.name!r} with correct_every={policy.correct_every}, whose corrections are "
-                    "not timed; leave it out"
-                )
-            if isinstance(config.model, RandomModel) and "query-check" in policy.method.axes.schedule:
-                raise ValueError(
-                    f"policies has {choice.name!r}, whose schedule looks at queries, and those of random weights mean "
-                    "nothing; give a force_stride or a model"
-                )
-            entries.append(Entry({"name": choice.name} | defaults | knobs, policy))
+    for one in chosen(config.policies, config.budgets):
+        if one.policy.correct_every is not None:
+            raise ValueError(
+                f"policies has {one.name!r} with correct_every={one.policy.correct_every}, whose corrections are not "
+                "timed; leave it out"
+            )
+        policy = _with_stride(one.policy, config.force_stride)
+        if isinstance(config.model, RandomModel) and "query-check" in policy.method.axes.schedule:
+            raise ValueError(
+                f"policies has {one.name!r}, whose schedule looks at queries, and those of random weights mean "
+                "nothing; give a force_stride or a model"
+            )
+        entries.append(Entry({"name": one.name} | one.knobs, policy))
     return entries
 
 

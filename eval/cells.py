@@ -28,7 +28,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {**SMALL_RULER_STYLE, **SMALL_FURTHER}
 @dataclass(frozen=True)
 class Question:
     """What is asked on one line. `tokens` are read as a prompt; then `fed` tokens, if there are any, go through decode
-    steps; then at most `gen_tokens` are generated, or the `follows` tokens are scored."""
+    steps; then at most `gen_tokens` are generated, or the `follows` tokens are scored. One with an `error` is not."""
 
     line: int
     index: Any
@@ -39,6 +39,7 @@ class Question:
     gen_tokens: int = 0
     follows: tuple[int, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None  # why it cannot be asked
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,14 @@ class RulerCell(Cell):
     def question(self, line):
         example = self.rows[line]
         tokens = self.prompts.tokens(example.input, example.answer_prefix)
+        error = None
         if len(tokens) + self.gen_tokens > self.max_length:
-            raise ValueError(
+            error = (
                 f"{self.path}, line {example.line + 1}: {len(tokens)} tokens with {self.gen_tokens} to generate, "
                 f"expected at most max_length={self.max_length}"
             )
-        return Question(line, example.index, example.prompt, example.outputs, tokens, (), self.gen_tokens)
+        told = (line, example.index, example.prompt, example.outputs, tokens, (), self.gen_tokens)
+        return Question(*told, error=error)
 
 
 @dataclass(frozen=True)
@@ -184,18 +187,26 @@ def make_cells(config: EvalConfig, prompts: Prompts, max_length: int) -> list[Ce
     for length in config.lengths:
         if length > max_length:
             raise ValueError(f"lengths has {length}, expected at most max_length={max_length}")
-    return list(_cells(config, prompts, max_length))
+    cells = list(_cells(config, prompts, max_length))
+    names = [(cell.task, cell.length) for cell in cells]
+    for task, length in names:
+        if names.count((task, length)) > 1:
+            raise ValueError(f"tasks has {task} twice at length {length}, expected another name, as {{name: …, as: …}}")
+    return cells
 
 
 def _cells(config: EvalConfig, prompts: Prompts, max_length: int) -> Iterator[Cell]:
     for entry in config.tasks:
         name, params = split(entry)
-        label = str(params.pop("as", name))  # where one task stands twice with other parameters
+        params_as = params.pop("as", None)  # where one task stands twice with other parameters
+        label = params_as or name
         if name == "ruler":
-            yield from _ruler_cells(params, config, prompts, max_length)
+            yield from _ruler_cells(params, params_as, config, prompts, max_length)
         elif name == "perplexity":
             scored = int(params.pop("scored", SCORED))
-            documents = Documents.read(params.pop("documents", []), prompts.encode, seed=config.seed)
+            paths = params.pop("documents", ())
+            paths = (paths,) if isinstance(paths, str) else paths
+            documents = Documents.read(paths, prompts.text.encode, seed=config.seed)
             _nothing_left(name, params)
             for length in config.lengths:
                 count = documents.pieces(length, scored, config.examples)
@@ -216,13 +227,18 @@ def _make_task(name: str, params: Mapping[str, Any], config: EvalConfig) -> Task
         if param not in known:
             raise ValueError(f"the task {name} has no setting {param!r}; {nearest(param, known)}")
     given = dict(SMALL.get(name, {}) if config.preset == "small" else {})
-    task = TASKS[name](**{**given, **params})
+    try:
+        task = TASKS[name](**{**given, **params})
+    except TypeError as error:
+        raise ValueError(f"the task {name} with {params} cannot be made: {error}") from error
     if config.haystack is not None and task.takes_haystack:
         return replace(task, haystack=Haystack.read(Path(config.haystack)))  # pyright: ignore[reportCallIssue]
     return task
 
 
-def _ruler_cells(params: dict[str, Any], config: EvalConfig, prompts: Prompts, max_length: int) -> Iterator[RulerCell]:
+def _ruler_cells(
+    params: dict[str, Any], label: str | None, config: EvalConfig, prompts: Prompts, max_length: int
+) -> Iterator[RulerCell]:
     if "path" not in params:
         raise ValueError("the task ruler has no path, expected a file in RULER's format or a folder of them")
     path = Path(params.pop("path"))
@@ -232,20 +248,20 @@ def _ruler_cells(params: dict[str, Any], config: EvalConfig, prompts: Prompts, m
         [(file.path, file.task, file.length) for file in find_ruler(path)] if path.is_dir() else [(path, task, None)]
     )
     for file, named, length in found:
-        named = named or file.stem
-        rows = tuple(read_ruler(file))
+        named = named or (file.parent.name if file.stem == "validation" else file.stem)
+        rows = tuple(read_ruler(file))[: config.examples]
         if not rows:
             raise ValueError(f"{file} is empty, expected an example on every line")
         known = gen_tokens or gen_tokens_of_task(named)
         if length is None:
             longest = max(len(prompts.tokens(example.input, example.answer_prefix)) for example in rows)
             length = min(longest + known, max_length)
-        count, sha256 = min(len(rows), config.examples), hashlib.sha256(file.read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         metric = metric_of_task(named)
         yield RulerCell(
-            named,
+            label or named,
             length,
-            count,
+            len(rows),
             prompts,
             path=file,
             sha256=sha256,

@@ -1,6 +1,7 @@
 """What an evaluation is made of: one typed dataclass, filled from YAML and from flags, checked on construction."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,13 +27,14 @@ class EvalConfig:
 
     `lengths` are in tokens, prompt and answer together, and at most `max_length` (the model's own if not given).
     Each cell has `examples` examples, drawn by `seed` and answered `batch` at a time. With `question` prefill, prompts
-    are read to their end; with decode, the question goes through decode steps. `template` chat puts prompts into the
-    tokenizer's chat template. Prose to hide facts in is generated, or that of the file `haystack`.
+    are read to their end; with decode, the questions of generated tasks are read after the rest, over what the policy
+    has kept. `template` chat puts prompts into the tokenizer's chat template. Prose to hide facts in is generated, or
+    that of the file `haystack`.
 
-    `analysis` examples of every cell are decoded once more to measure the attention mass on the selections, which
-    reads all keys. `store_input` false keeps a digest of each prompt instead of its text. `fresh` makes new folders
-    beside those that are there instead of going on. `chunk` tokens of a prompt are read at a time. With `distributed`
-    this is one of many processes, which share the examples and the folder `out`.
+    Batches with one of the first `analysis` questions of a cell are decoded once more, to measure the attention mass on
+    the selections, which reads all keys. `store_input` false keeps a digest of each prompt instead of its text. `fresh`
+    makes new folders beside those that are there instead of going on. `chunk` tokens of a prompt are read at a time.
+    With `distributed` this is one of many processes, which share the examples and the folder `out`.
     """
 
     out: str = "results"
@@ -71,12 +73,11 @@ class EvalConfig:
             for value in getattr(self, name):
                 if value < 1:
                     raise ValueError(f"{name} has {value}, expected numbers of at least 1")
-        for entry in (*self.policies, *self.tasks):
-            if not isinstance(entry, str) and not isinstance(entry.get("name"), str):
-                raise ValueError(f"{entry} has no name, expected a name or a mapping like {{name: recycled, k: 256}}")
+        for entry in self.tasks:
+            split(entry)
         if self.fresh and self.distributed is not None:
             raise ValueError("fresh=True cannot be agreed on by many processes; name another out")
-        chosen(self)
+        chosen(self.policies, self.budgets)
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,17 @@ class Chosen:
         return self.name if k is None else f"{self.name}-k{k}"
 
 
-def chosen(config: EvalConfig) -> list[Chosen]:
-    """The policies of a config, each with every budget that it takes.
+def chosen(policies: Sequence[Named], budgets: Sequence[int]) -> list[Chosen]:
+    """The policies that entries name: those that have a `k` and do not set it, with each of the budgets.
 
     Raises ValueError for an unknown name or knob, for knobs that the policy refuses, and for two that are the same.
     """
     made = []
-    for entry in config.policies:
+    for entry in policies:
         name, knobs = split(entry)
         valid = knobs_of("policy", POLICIES, name)
-        budgets = config.budgets if "k" in valid and "k" not in knobs else ()
-        for with_budget in [{"k": k} for k in budgets] or [{}]:
+        swept = budgets if "k" in valid and "k" not in knobs else ()
+        for with_budget in [{"k": k} for k in swept] or [{}]:
             given = {**knobs, **with_budget}
             policy = make_policy(name, **given)
             made.append(Chosen(name, {knob: given.get(knob, default) for knob, (_, default) in valid.items()}, policy))
@@ -115,10 +116,13 @@ def chosen(config: EvalConfig) -> list[Chosen]:
 
 
 def split(entry: Named) -> tuple[str, dict[str, Any]]:
-    """The name of an entry, and the rest of it."""
+    """The name of an entry, and the rest of it, lists as tuples. Raises ValueError where there is no name."""
     if isinstance(entry, str):
         return entry, {}
-    return entry["name"], {name: value for name, value in entry.items() if name != "name"}
+    if not isinstance(entry.get("name"), str):
+        raise ValueError(f"{entry} has no name, expected a name or a mapping like {{name: recycled, k: 256}}")
+    rest = {name: value for name, value in entry.items() if name != "name"}
+    return entry["name"], {name: tuple(value) if isinstance(value, list) else value for name, value in rest.items()}
 
 
 def couples_rows(policy: Policy) -> bool:

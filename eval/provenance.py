@@ -13,9 +13,12 @@ def provenance() -> dict:
     """Of the running program, ready for JSON."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(
-            ["python", "-m", f"eval.{sys.argv[0].rsplit('/', 1)[-1].removesuffix('.py')}", *sys.argv[1:]]
-        ),
+        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
         "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "machine": platform.machine()},
     }
+
+
+def _module() -> str:
+    name = sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py")
+    return "eval" if name == "__main__" else f"eval.{name}"

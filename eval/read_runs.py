@@ -5,7 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,28 @@ class Run:
         """Of all invocations; more than one if they differ."""
         found = [_device(one["device"], "count") for one in self.invocations if one.get("device")]
         return " and ".join(dict.fromkeys(found)) or "unknown device"
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Run folders, and folders of benchmarks (`bench.jsonl` alone), whose records go to the run of their model and
+    policy, or make one of their own. Raises as `read_run`."""
+    of_benches = [path for path in paths if (path / "bench.jsonl").exists() and not (path / "config.json").exists()]
+    runs = [read_run(path) for path in paths if path not in of_benches]
+    for path in of_benches:
+        for where, values in _lines(path / "bench.jsonl"):
+            record, model = _bench(where, values), {"name": _take(values, "model", str, where)}
+            places = (
+                place
+                for place, run in enumerate(runs)
+                if run.config.policy == record.policy and run.config.model.get("name") == model["name"]
+            )
+            place = next(places, None)
+            if place is None:
+                config = Config("", model, record.policy, record.mode, "unknown", {})
+                runs.append(Run(path, config, (), {}, (record,)))
+            else:
+                runs[place] = replace(runs[place], bench=(*runs[place].bench, record))
+    return runs
 
 
 def read_run(path: Path) -> Run:

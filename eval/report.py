@@ -24,7 +24,7 @@ from eval.compare import (
     signed,
 )
 from eval.pictures import Picture, bench_label, dense_of, pictures
-from eval.read_runs import Bench, Cell, Run, flat, labels, read_run
+from eval.read_runs import Bench, Cell, Run, flat, labels, read_runs
 
 CEILING = 20  # a dense score below it supports no claim
 NONE = "–"
@@ -68,13 +68,13 @@ def report(runs: list[Path], out: Path) -> Path:
     """Writes `out`, or `out/report.html` if `out` is not named .html; beside it Markdown of the tables and CSV of each
     picture, all with the page's name in front. Returns the page.
 
-    Raises ValueError without runs, and as `read_run` and `change`.
+    Raises ValueError without runs, and as `read_runs` and `change`.
     """
     if not runs:
         raise ValueError("runs=[] is empty; expected at least one folder")
     page = out if out.suffix == ".html" else out / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    read = [read_run(path) for path in runs]
+    read = read_runs(runs)
     tables = [*_headline(read), *_bench(read), _settings(read)]
     drawn, missing = pictures(read)
     for picture in drawn:
@@ -171,7 +171,8 @@ def _cost(run: Run, dense: Run | None, key: tuple[str, int]) -> list[str]:
 
 
 def _bench_of(run: Run, length: int, batch: int | None) -> Bench | None:
-    same = (one for one in run.bench if one.length == length and one.batch == batch and one.device == run.device)
+    alike = (one for one in run.bench if one.policy == run.config.policy and one.device == run.device)
+    same = (one for one in alike if one.length == length and one.batch == batch)
     return next((one for one in same if one.valid and one.kind == "measured"), None)
 
 

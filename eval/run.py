@@ -17,7 +17,7 @@ from eval.config import Chosen, EvalConfig, chosen, couples_rows
 from eval.prompts import Prompts, fingerprint
 from eval.provenance import provenance
 from eval.ruler_files import summary_csv
-from eval.store import Answer, RunFolder, write_json
+from eval.store import RunFolder, write_json
 from eval.summary import beside_dense, cell_metrics, long_csv, task_scores, timing
 from eval.work import Batches, Run, Work, batches
 from recycled_jax.commands.loading import Checkpoint
@@ -33,10 +33,10 @@ def evaluate(config: EvalConfig) -> int:
     checkpoint = Checkpoint.find(config.model)
     prompts = Prompts(checkpoint.text, fingerprint(checkpoint.text), config.template)
     cells = make_cells(config, prompts, config.max_length or checkpoint.config.max_length)
-    runs = [Run(one, _folder(config, checkpoint, prompts, one)) for one in chosen(config)]
+    runs = [Run(one, _folder(config, checkpoint, prompts, one)) for one in chosen(config.policies, config.budgets)]
     missing = {cell: _missing(cell, runs, config) for cell in cells}
     print(_plan(cells, runs, missing), file=sys.stderr)
-    for run in runs:
+    for run in runs if jax.process_index() == 0 else ():
         run.folder.begin()
     started = _now()
     network, params = checkpoint.load(config.dtype)
@@ -49,13 +49,14 @@ def evaluate(config: EvalConfig) -> int:
             for cell, of_cell in missing.items():
                 work.answer(cell, of_cell, progress)
     _wait("answers")
-    if jax.process_index() > 0:
-        return 0
-    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    complete = _summarize(cells, runs, weight_bytes, config)
-    for run in runs:
-        told = {"started": started, "ended": _now(), "processes": jax.process_count(), "batch": config.batch}
-        run.folder.add_invocation({**provenance(), **told})
+    complete = True  # the first process says whether it is
+    if jax.process_index() == 0:
+        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        complete = _summarize(cells, runs, weight_bytes, config)
+        for run in runs:
+            told = {"started": started, "ended": _now(), "processes": jax.process_count(), "batch": config.batch}
+            run.folder.add_invocation({**provenance(), **told})
+    _wait("figures")  # a process that ended early would count as dead
     return 0 if complete else 1
 
 
@@ -73,37 +74,27 @@ def _missing(cell: Cell, runs: Sequence[Run], config: EvalConfig) -> Batches:
 
 def _summarize(cells: Sequence[Cell], runs: Sequence[Run], weight_bytes: int, config: EvalConfig) -> bool:
     """Writes every run's files, and says whether all is there."""
+    dense = next((run for run in runs if run.chosen.name == "full"), None)
     complete = True
-    answers: dict[tuple[int, Cell], list[Answer]] = {}
-    for place, run in enumerate(runs):
-        for cell in cells:
+    for cell in cells:
+        theirs = [] if dense is None else list(dense.cell(cell).answers().values())
+        for run in runs:
             folder = run.cell(cell)
-            found = folder.answers()
-            if missing := [line for line in range(cell.examples) if line not in found]:
+            own = list(folder.answers().values())
+            missing, failed = cell.examples - len(own), sum(answer.failed for answer in own)
+            if missing or failed:
                 complete = False
-                where = folder.path / "error.json"
-                print(
-                    f"eval: {folder.path} lacks {len(missing)} of {cell.examples} answers; see {where}", file=sys.stderr
-                )
+                why = folder.path / ("error.json" if missing else "predictions.jsonl")
+                counts = f"lacks {missing} of {cell.examples} answers, {failed} failed"
+                print(f"eval: {folder.path} {counts}; see {why}", file=sys.stderr)
+            if missing:
                 continue
             folder.merge()
-            (folder.path / "error.json").unlink(missing_ok=True)
-            answers[place, cell] = list(folder.answers().values())
-            complete &= not any(answer.failed for answer in found.values())
-    dense = next((place for place, run in enumerate(runs) if run.chosen.name == "full"), None)
-    for place, run in enumerate(runs):
-        for cell in cells:
-            if (place, cell) not in answers:
-                continue
-            own = answers[place, cell]
             metrics = cell_metrics(cell, own, weight_bytes)
-            beside = None
-            if dense is not None and (dense, cell) in answers:
-                beside = beside_dense(runs[dense].folder.path.name, own, answers[dense, cell])
-            metrics["dense"] = beside
-            path = run.folder.cell(cell.task, cell.length)
-            write_json(path / "metrics.json", metrics)
-            write_json(path / "timing.json", timing([a.seconds for a in own if a.seconds], config.batch))
+            metrics["dense"] = beside_dense(dense.folder.path.name, own, theirs) if dense is not None else None
+            write_json(folder.path / "metrics.json", metrics)
+            write_json(folder.path / "timing.json", timing([a.seconds for a in own if a.seconds], config.batch))
+    for run in runs:
         _write_run(run)
     return complete
 
@@ -115,7 +106,8 @@ def _write_run(run: Run) -> None:
     figures = [json.loads(found.read_text()) for found in sorted(path.glob("cells/*/*/metrics.json"))]
     figures.sort(key=lambda cell: (cell["task"], cell["length"]))
     write_json(path / "metrics.json", {"hash": config["hash"], "policy": policy, "model": model, "cells": figures})
-    (path / "summary.csv").write_text(summary_csv(task_scores(figures)))
+    for length, columns in task_scores(figures).items():
+        (path / f"summary-{length}.csv").write_text(summary_csv(columns))
     (path / "summary_long.csv").write_text(long_csv(model, policy, figures))
 
 
@@ -136,7 +128,8 @@ def _folder(config: EvalConfig, checkpoint: Checkpoint, prompts: Prompts, one: C
         "sampling": asdict(config.sampling),
         "question": config.question,
         "chunk": config.chunk,
-        **({"batch": config.batch} if couples_rows(one.policy) else {}),
+        **({"batch": config.batch} if couples_rows(one.policy) or config.sampling.temperature > 0 else {}),
+        **({"seed": config.seed} if config.sampling.temperature > 0 else {}),
     }
     return RunFolder(Path(config.out), f"{model}__{one.title}", settings, digest(settings), fresh=config.fresh)
 

@@ -8,6 +8,8 @@ When all lines are there, the journals become `predictions.jsonl` and `telemetry
 import json
 import os
 import shutil
+import traceback
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,20 +53,30 @@ class CellFolder:
             if before is None or before.failed:
                 found[answer.line] = answer
             elif not answer.failed and before.prediction != answer.prediction:
-                raise ValueError(f"{self.path} has two answers to line {answer.line}, expected one; use --fresh")
+                raise ValueError(f"{self.path} has two answers to line {answer.line}, expected one; use --fresh true")
         return dict(sorted(found.items()))
 
     def append(self, answers: Sequence[Answer]) -> None:
         """Adds a batch; when it returns, all of it is on the disk."""
-        self._journal.parent.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "task.json").exists():
-            write_json(self.path / "task.json", self._identity)
+        self._begin()
+        self._journal.parent.mkdir(exist_ok=True)
         with self._journal.open("ab") as file:
             _cut_torn_line(self._journal)  # "ab" writes at the end, wherever that is by now
             for answer in answers:
                 file.write(_line(vars(answer)))
             file.flush()
             os.fsync(file.fileno())
+
+    def fail(self, error: Exception) -> None:
+        """Says why answers are missing, in `error.json`."""
+        self._begin()
+        told = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(traceback.format_exception(error))}
+        write_json(self.path / "error.json", told)
+
+    def _begin(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "task.json").exists():
+            write_json(self.path / "task.json", self._identity)
 
     def merge(self) -> None:
         """Makes the files of a cell from its journals, and removes these."""
@@ -74,6 +86,7 @@ class CellFolder:
         _write(self.path / "timing.jsonl", map(_line, seconds))
         _write(self.path / "predictions.jsonl", (_line(answer.prediction) for answer in answers))
         shutil.rmtree(self.path / "journal", ignore_errors=True)
+        (self.path / "error.json").unlink(missing_ok=True)
 
     def _stored(self) -> Iterable[Answer]:
         telemetry = {record["line"]: record for record in _records(self.path / "telemetry.jsonl")}
@@ -121,12 +134,14 @@ def refuse_others(path: Path, expected: Mapping[str, Any], argument: str) -> Non
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{argument}: {path} is not valid JSON; use --fresh") from error
+        raise ValueError(f"{argument}: {path} is not valid JSON; use --fresh true") from error
     expected = json.loads(json.dumps(expected))
     names = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
     if names:
         differences = "; ".join(f"{name}={found.get(name)!r}, this run has {expected.get(name)!r}" for name in names)
-        raise ValueError(f"{argument}: {path.parent} was made with {differences}; name another folder, or use --fresh")
+        raise ValueError(
+            f"{argument}: {path.parent} was made with {differences}; name another folder, or use --fresh true"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -135,7 +150,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _write(path: Path, parts: Iterable[bytes]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # on a shared disk, many processes write it
     with partial.open("wb") as file:
         for part in parts:
             file.write(part)
@@ -159,7 +174,7 @@ def _records(path: Path) -> list[Record]:
         try:
             records.append(json.loads(line.decode("utf-8", "surrogatepass")))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON; remove the line, or use --fresh") from error
+            raise ValueError(f"{path}, line {number}: not JSON; remove the line, or use --fresh true") from error
     return records
 
 

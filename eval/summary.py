@@ -21,7 +21,7 @@ def cell_metrics(cell: Cell, answers: Sequence[Answer], weight_bytes: int) -> di
     """The figures of a cell, scores from 0 to 100; None where there is nothing to tell."""
     others = [answer.prediction["others"] for answer in answers]
     good = [o for o in others if "error" not in o]
-    layers = [answer.telemetry["layers"] for answer in answers if answer.telemetry is not None]
+    layers = [a.telemetry["layers"] for a in answers if a.telemetry is not None and not a.failed]
     figures = {
         "task": cell.task,
         "length": cell.length,
@@ -88,11 +88,14 @@ def beside_dense(run: str, ours: Sequence[Answer], theirs: Sequence[Answer]) -> 
     }
 
 
-def task_scores(cells: Iterable[Mapping[str, Any]]) -> list[TaskScore]:
-    """The columns of RULER's summary: one for each generated cell."""
-    return [
-        TaskScore(f"{c['task']}_{c['length']}", c["score"], c["empty"], c["n"]) for c in cells if c["score"] is not None
-    ]
+def task_scores(cells: Iterable[Mapping[str, Any]]) -> dict[int, list[TaskScore]]:
+    """Of each length the columns of RULER's summary, one for each task with a score."""
+    columns: dict[int, list[TaskScore]] = {}
+    for cell in cells:
+        if cell["score"] is not None:
+            score = TaskScore(cell["task"], cell["score"], cell["empty"], cell["n"])
+            columns.setdefault(cell["length"], []).append(score)
+    return columns
 
 
 COLUMNS = (

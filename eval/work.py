@@ -1,7 +1,6 @@
 """Answers the batches of a cell, one reading of the prompts for all policies that read them alike."""
 
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from tqdm import tqdm
 from eval import answer as answering
 from eval.cells import Cell, PerplexityCell, Question
 from eval.config import Chosen, EvalConfig, couples_rows
-from eval.store import Answer, CellFolder, RunFolder, write_json
+from eval.store import Answer, CellFolder, RunFolder
 from recycled_jax.decode import Params
-from recycled_jax.frame import Prefilled
+from recycled_jax.frame import PrefillAttention, Prefilled
 from recycled_jax.model import Llama
 from recycled_jax.telemetry import Telemetry
 
@@ -57,60 +56,85 @@ class Work:
         lines_of = dict(batches(cell, self.config.batch))
         for number, wanted in missing.items():
             questions = self._ask(cell, lines_of[number], wanted)
-            alike = defaultdict(list)
-            for place in wanted:
-                alike[self.runs[place].chosen.policy.prefill].append(place)
-            for places in alike.values():
-                self._answer_alike(cell, questions, {place: wanted[place] for place in places}, progress)
+            asked = {question.line for question in questions}
+            alike = defaultdict(dict)
+            for place, lines in wanted.items():
+                if lines & asked:
+                    alike[self.runs[place].chosen.policy.prefill][place] = lines & asked
+            for together in alike.values():
+                self._answer_alike(cell, questions, together, progress)
 
     def _ask(self, cell: Cell, lines: range, wanted: Wanted) -> list[Question]:
         """The questions that can be asked; for those that cannot, the answer is that they failed."""
         questions = []
         for line in lines:
             try:
-                questions.append(cell.question(line))
-            except ValueError as error:
-                for run in (self.runs[place] for place, lines in wanted.items() if line in lines):
-                    failure = answering.record_of_failure(cell, line, error, self._told(run), self.config)
-                    run.cell(cell).append([failure])
+                question = cell.question(line)
+            except Exception as error:
+                question = Question(line, line, "", (), (), error=f"{type(error).__name__}: {error}")
+            if question.error is None:
+                questions.append(question)
+                continue
+            for run in (self.runs[place] for place, missing in wanted.items() if line in missing):
+                run.cell(cell).append([answering.failure(cell, question, self._told(run), self.config)])
         return questions
 
     def _answer_alike(self, cell: Cell, questions: Sequence[Question], wanted: Wanted, progress: tqdm) -> None:
         """The answers of policies that read prompts alike. Where memory does not do, those of half the questions at a
-        time, if no policy's answer depends on who else is asked."""
-        if not questions:
+        time, unless a policy's answers depend on who else is asked."""
+        large, error = self._answer_at_once(cell, questions, wanted, progress)
+        if not large:
             return
-        runs = {place: self.runs[place] for place in wanted}
-        try:
-            began = time.perf_counter()
-            policies = [run.chosen for run in runs.values()]
-            prefilled = answering.read_questions(self.model, self.params, cell, questions, policies, self.config)
-            read = {"seconds": time.perf_counter() - began, "cold": self._first_reading(cell, questions, policies)}
-            for place, run in runs.items():
-                progress.set_description(f"{cell.task} {cell.length} {run.chosen.title}")
-                try:
-                    answers = self._answers(cell, questions, prefilled, run, **read)
-                except Exception as error:
-                    if _out_of_memory(error):
-                        raise
-                    _tell(run, cell, error)
-                    continue
-                run.cell(cell).append([answer for answer in answers if answer.line in wanted[place]])
-                progress.update(cell.length * len(wanted[place]))
-        except Exception as error:
-            half = len(questions) // 2
-            separable = not any(couples_rows(run.chosen.policy) for run in runs.values())
-            if _out_of_memory(error) and half and len(questions) > self.config.batch // 2 and separable:
-                for part in (questions[:half], questions[half:]):
-                    self._answer_alike(cell, part, self._unanswered(cell, part, wanted), progress)
-                return
-            for run in runs.values():
-                _tell(run, cell, error)
+        half = len(questions) // 2
+        if half and len(questions) > self.config.batch // 2:
+            separable = {p: lines for p, lines in large.items() if not couples_rows(self.runs[p].chosen.policy)}
+            for part in (questions[:half], questions[half:]) if separable else ():
+                lines = {question.line for question in part}
+                of_part = {place: missing & lines for place, missing in separable.items() if missing & lines}
+                if of_part:
+                    self._answer_alike(cell, part, of_part, progress)
+            large = {place: lines for place, lines in large.items() if place not in separable}
+        for place in large:
+            self.runs[place].cell(cell).fail(error)
 
-    def _unanswered(self, cell: Cell, questions: Sequence[Question], wanted: Wanted) -> Wanted:
-        asked = {question.line for question in questions}
-        left = {place: lines & asked - set(self.runs[place].cell(cell).answers()) for place, lines in wanted.items()}
-        return {place: lines for place, lines in left.items() if lines}
+    def _answer_at_once(
+        self, cell: Cell, questions: Sequence[Question], wanted: Wanted, progress: tqdm
+    ) -> tuple[Wanted, Exception]:
+        """Those for whom memory did not do, and the error that said so."""
+        large: dict[int, set[int]] = {}
+        shortage = Exception()
+        began = time.perf_counter()
+        try:
+            prefilled, cold = self._read(cell, questions, self.runs[next(iter(wanted))].chosen.policy.prefill)
+        except Exception as error:
+            if _out_of_memory(error):
+                return wanted, error.with_traceback(None)  # whose frames hold arrays
+            for place in wanted:
+                self.runs[place].cell(cell).fail(error)
+            return {}, error
+        seconds = time.perf_counter() - began
+        for place, lines in wanted.items():
+            run = self.runs[place]
+            progress.set_description(f"{cell.task} {cell.length} {run.chosen.title}")
+            try:
+                answers = self._answers(cell, questions, prefilled, run, seconds, cold)
+            except Exception as error:
+                if _out_of_memory(error):
+                    large[place], shortage = lines, error.with_traceback(None)
+                else:
+                    run.cell(cell).fail(error)
+                continue
+            run.cell(cell).append([answer for answer in answers if answer.line in lines])
+            progress.update(cell.length * len(lines))
+        return large, shortage
+
+    def _read(self, cell: Cell, questions: Sequence[Question], prefill: PrefillAttention) -> tuple[Prefilled, bool]:
+        """The prompts, for all runs of the command that read them like that, whether they have answered or not: the
+        program must be the same when an interrupted run goes on."""
+        policies = [run.chosen for run in self.runs if run.chosen.policy.prefill == prefill]
+        prefilled = answering.read_questions(self.model, self.params, cell, questions, policies, self.config)
+        chunks = -(-max(len(question.tokens) for question in questions) // self.config.chunk)
+        return prefilled, self._first_time(cell, questions, prefill, chunks)
 
     def _answers(
         self,
@@ -126,7 +150,7 @@ class Work:
         began = time.perf_counter()
         if isinstance(cell, PerplexityCell):
             nll, telemetry = answering.scored(*of)
-            timed = {"prefill": seconds, "decode": time.perf_counter() - began}
+            timed = {"prefill": seconds, "decode": time.perf_counter() - began, "steps": int(telemetry.steps.max())}
             if analysed:
                 telemetry = answering.scored(*of, coverage=True)[1]
             records = [
@@ -137,12 +161,15 @@ class Work:
             done = answering.generated(*of)
             timed = {"prefill": seconds + done.prefill_seconds, "decode": done.decode_seconds}
             telemetry = answering.generated(*of, coverage=True).telemetry if analysed else done.telemetry
+            timed["steps"] = int(telemetry.steps.max())
+            telemetry = answering.of_kept_tokens(telemetry, questions)
             records = [
                 answering.record_of_text(cell, question, done, row, self._told(run, telemetry, row), self.config)
                 for row, question in enumerate(questions)
             ]
-        cold |= self._first_time(cell, len(questions), run.chosen.title, str(run.chosen.knobs))
-        timed |= {"line": questions[0].line, "steps": int(telemetry.steps.max())}
+        fed = -(-max(len(question.fed) for question in questions) // 16)
+        cold |= self._first_time(cell, questions, run.chosen.title, str(run.chosen.knobs), fed)
+        timed |= {"line": questions[0].line}
         return [
             Answer(record, answering.layers_of(telemetry, row, question.line), timed if row == 0 and not cold else None)
             for row, (record, question) in enumerate(zip(records, questions, strict=True))
@@ -152,13 +179,10 @@ class Work:
         steps = {} if telemetry is None else answering.told_by_steps(telemetry, row)
         return {**steps, "batch": self.config.batch, "config": run.folder.config["hash"]}
 
-    def _first_reading(self, cell: Cell, questions: Sequence[Question], policies: Sequence[Chosen]) -> bool:
-        observers = frozenset(observer for chosen in policies for observer in chosen.policy.observers)
-        chunks = max(len(question.tokens) for question in questions) // self.config.chunk
-        return self._first_time(cell, len(questions), policies[0].policy.prefill, observers, chunks)
-
-    def _first_time(self, cell: Cell, rows: int, *program: Any) -> bool:
-        key = (type(cell), answering.capacity(cell, self.config), rows, *program)
+    def _first_time(self, cell: Cell, questions: Sequence[Question], *program: Any) -> bool:
+        follows = {len(question.follows) for question in questions}
+        slots = answering.capacity(cell, questions, self.config)
+        key = (type(cell), slots, len(questions), *follows, *program)
         first = key not in self._ran
         self._ran.add(key)
         return first
@@ -166,10 +190,3 @@ class Work:
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _tell(run: Run, cell: Cell, error: Exception) -> None:
-    path = run.folder.cell(cell.task, cell.length)
-    path.mkdir(parents=True, exist_ok=True)
-    told = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(traceback.format_exception(error))}
-    write_json(path / "error.json", told)

@@ -1,4 +1,4 @@
-"""Given tokens through decode steps: what follows a prompt is read under the policy, as generated tokens are."""
+"""Given tokens through decode steps: what follows a prompt is read over what the policy has kept of it."""
 
 import functools
 
@@ -26,8 +26,9 @@ def feed(
 ) -> tuple[DecodeState, Float[Array, "batch vocab"]]:
     """The state after the first `counts[b]` (at least 1) of row b's `tokens`, and the logits after the last of them.
 
-    Each row needs so many free slots. A policy that corrects the cache is refused (ValueError): corrections are the
-    generation loop's.
+    Every token reads all that there is and selects anew, where the policy does so at some steps only; steps count from
+    0 again afterwards. So a row does not depend on how many tokens others are given. Each row needs so many free slots.
+    A policy that corrects the cache is refused (ValueError): corrections are the generation loop's.
     """
     if policy.correct_every is not None:
         every = policy.correct_every
@@ -37,10 +38,17 @@ def feed(
         state, last = carry
         index, token = inputs
         logits, state, _ = decode_step(
-            model, params, state, token, policy=policy, active=index < counts, implementation=implementation
+            model,
+            params,
+            state,
+            token,
+            policy=policy,
+            active=index < counts,
+            kind="refresh",
+            implementation=implementation,
         )
         return (state, jnp.where((index == counts - 1)[:, None], logits, last)), None
 
     nothing = jnp.zeros((len(counts), model.config.vocab), jnp.float32)
     (state, last), _ = lax.scan(step, (state, nothing), (jnp.arange(tokens.shape[1]), tokens.T))
-    return state, last
+    return DecodeState(state.cache, state.lengths, jnp.zeros_like(state.step), state.kept), last

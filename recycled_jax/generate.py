@@ -85,8 +85,8 @@ def generate(
 
     `prompts` are token ids, special tokens included, or what `read` made of them: then several policies can go on
     from one prefill. (Its cache is copied, so there are two; `prefill_seconds` covers the first selection only.)
-    `fed` are tokens that follow each prompt through decode steps before anything is generated: a question that the
-    policy reads with what it has kept of the prompt. Their steps are not traced, their seconds count as prefill's.
+    `fed` are tokens that follow each prompt before anything is generated: a question that is read with what the policy
+    has kept of the prompt (`feeding`). Their steps are not traced, their seconds count as prefill's.
     `capacity` and `chunk` (default 512) are those of `read`. `block` decode steps run on the device between two looks
     of the host; after each, `on_block` gets the tokens every row has gained, and may end the generation by answering
     True. `coverage` records the attention mass on the selections, which reads all keys: not for timing. Greedy unless

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from recycled_jax.config import LlamaConfig
 from recycled_jax.decode import Params
@@ -12,6 +13,7 @@ from recycled_jax.hf import find_checkpoint
 from recycled_jax.model import Llama
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
+_PIECES, _PIECE = 64, 1 << 16  # what a fingerprint reads of a file
 
 
 class Text:
@@ -44,7 +46,9 @@ class Text:
     def in_template(self, text: str) -> str:
         """The chat template around what a user says, up to where the answer begins."""
         said = [{"role": "user", "content": text}]
-        return str(self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+        # some templates tell the date, and the prompts of a run must not change from one day to the next
+        date: dict[str, Any] = {"date_string": "1 January 2026"}
+        return str(self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **date))
 
     @property
     def serialized(self) -> str:
@@ -79,16 +83,20 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """12 digits that tell its config and weights from others', by the names and sizes of the files and by their
-        first and last 64 KiB: weights of many gigabytes need not be read twice."""
+        """12 digits that tell its config and weights from others': by the names and sizes of their files, and by 64
+        evenly spaced pieces of each, as weights of many gigabytes need not be read twice."""
         digest = hashlib.sha256()
-        for path in sorted(self.folder.rglob("*")):
-            if path.is_file() and not path.name.startswith((".", "tokenizer")):
-                digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
-                with path.open("rb") as file:
-                    digest.update(file.read(1 << 16))
-                    file.seek(max(0, path.stat().st_size - (1 << 16)))
-                    digest.update(file.read())
+        for path in (self.folder / "config.json", *sorted(self.folder.rglob("*"))):
+            within = path.relative_to(self.folder)
+            orbax = len(within.parts) > 1 and not any(part.startswith(".") for part in within.parts)
+            if not path.is_file() or not (path.suffix == ".safetensors" or within.name == "config.json" or orbax):
+                continue
+            size = path.stat().st_size
+            digest.update(f"{within} {size}\n".encode())
+            with path.open("rb") as file:
+                for start in range(0, size, max(size // _PIECES, _PIECE)):
+                    file.seek(start)
+                    digest.update(file.read(_PIECE))
         return digest.hexdigest()[:12]
 
     def load(self, dtype: str) -> tuple[Llama, Params]:

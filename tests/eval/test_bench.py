@@ -19,7 +19,6 @@ from eval.step_bytes import dense_bytes, observed_bytes, tpu_bandwidth, weights_
 from eval.timing import Measured, Repeats, Workload, prepare, spread
 from recycled_jax.checkpoint import load_model
 from recycled_jax.config import LlamaConfig
-from recycled_jax.flags import PolicyChoice
 from recycled_jax.frame import FixedStride, LayerTrace, Never
 from recycled_jax.generate import generate
 from recycled_jax.policies import make_policy
@@ -28,7 +27,7 @@ from tests.recycled_jax.tiny import save_tiny
 
 TINY = RandomModel(RandomLlama(layers=2, embed=32, query_heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=97))
 QUICK = {"decode_steps": 4, "repeats": 2, "warmups": 1, "prefill_repeats": 1, "prefill_warmups": 0}
-RECYCLED = PolicyChoice("recycled", {"stride": 2})
+RECYCLED = {"name": "recycled", "stride": 2}
 SCHEMA = {
     "schema", "kind", "valid", "status", "date", "git", "versions", "device", "model", "weights", "dtype", "policy",
     "implementation", "mode", "length", "capacity", "batch", "decode_steps", "repeats", "compile_s", "prefill_ms",
@@ -127,7 +126,7 @@ def test_what_does_not_fit_is_recorded_and_the_run_goes_on(tmp_path):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes")
         return fake(workload, policy)
 
-    policies = (RECYCLED, PolicyChoice("streaming"))
+    policies = (RECYCLED, "streaming")
     config = BenchConfig(tmp_path / "a", model=TINY, lengths=(128,), policies=policies, budgets=(16,), **QUICK)
     one = lambda: 1.0  # noqa: E731
     first, second = records(bench(config, clock=one, prepare=partial(failing, "recycled")))
@@ -172,7 +171,7 @@ def test_resume_skips_what_is_there_and_cuts_a_torn_line(tmp_path):
 
 
 def test_budgets_are_for_policies_that_have_k_and_do_not_set_it(tmp_path):
-    policies = (RECYCLED, PolicyChoice("recycled", {"k": 32}), PolicyChoice("full"))
+    policies = (RECYCLED, {"name": "recycled", "k": 32}, "full")
     config = BenchConfig(tmp_path, model=TINY, lengths=(128,), policies=policies, budgets=(16, 24), **QUICK)
     lines = records(bench(config, clock=lambda: 1.0, prepare=fake))
     assert [(line["policy"]["name"], line["policy"].get("k")) for line in lines] == [
@@ -186,7 +185,7 @@ def test_a_forced_stride_is_what_runs(tmp_path):
         return fake(workload, policy)
 
     schedules: list = []
-    policies = (PolicyChoice("recycled-dynamic"), PolicyChoice("streaming"))
+    policies = ("recycled-dynamic", "streaming")
     config = BenchConfig(tmp_path, model=TINY, lengths=(128,), policies=policies, budgets=(16,), **QUICK)
     with pytest.raises(ValueError, match="'recycled-dynamic', whose schedule looks at queries"):
         bench(config)
@@ -203,8 +202,8 @@ def test_settings_that_cannot_be_are_named(tmp_path):
     with pytest.raises(ValueError, match="warmups=-1 must be at least 0"):
         BenchConfig(tmp_path, warmups=-1)
     with pytest.raises(ValueError, match="policy='recycld' is unknown"):
-        bench(BenchConfig(tmp_path, policies=(PolicyChoice("recycld"),)))
-    corrected = PolicyChoice("tidal", {"dense_layers": [0], "selection_layers": [1], "correct_every": 8})
+        bench(BenchConfig(tmp_path, policies=("recycld",)))
+    corrected = {"name": "tidal", "dense_layers": [0], "selection_layers": [1], "correct_every": 8}
     with pytest.raises(ValueError, match="'tidal' with correct_every=8, whose corrections are not timed"):
         bench(BenchConfig(tmp_path, model=TINY, policies=(corrected,)))
 

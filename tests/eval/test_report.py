@@ -14,7 +14,7 @@ from matplotlib.collections import LineCollection, PolyCollection, QuadMesh
 from matplotlib.lines import Line2D
 
 from eval.pictures import GUIDE, Picture, pictures
-from eval.read_runs import read_run
+from eval.read_runs import read_run, read_runs
 from eval.report import report
 from tests.eval.made_up_runs import (
     DECODE_MS,
@@ -87,6 +87,18 @@ def _only(run: Path, *tasks: str) -> Path:
     for file in [run / "bench.jsonl", *run.glob("cells/*/*/telemetry.jsonl"), *run.glob("cells/*/*/metrics.json")]:
         file.unlink()
     return run
+
+
+def test_a_folder_of_benchmarks_goes_to_the_runs_of_its_policies(paths, tmp_path):
+    runs = [shutil.copytree(path, tmp_path / path.name) for path in paths[:2]]
+    expected = [run.bench for run in read_runs(runs)]
+    with (tmp_path / "bench.jsonl").open("w") as together:
+        for run in runs:
+            together.write((run / "bench.jsonl").read_text())
+            (run / "bench.jsonl").unlink()
+    assert [run.bench for run in read_runs([*runs, tmp_path])] == expected
+    assert {one.path for one in read_runs([tmp_path])} == {tmp_path}
+    assert [run.bench for run in read_runs([tmp_path])] == expected
 
 
 def _rows(page: Path, name: str) -> list[dict[str, str]]:

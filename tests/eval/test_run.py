@@ -1,6 +1,7 @@
 """`python -m eval` on a tiny random model: what it writes, how it goes on, and what it refuses."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from eval import work
 from eval.__main__ import main
+from eval.compare import compare
 from tests.recycled_jax.tiny import save_tiny
 
 ARGUMENTS = ["--lengths", "[512]", "--examples", "3", "--batch", "2"]
@@ -71,7 +73,7 @@ def test_metrics_stand_beside_the_dense_ones(finished):
     assert set(cells["rs_multiturn"]["extras"]) >= {"turn_1", "turn_2", "control"}
     assert cells["perplexity"]["ppl"] > 1 and cells["perplexity"]["tokens"] == 24
     assert cells["single"]["kv_bytes_per_step"] < cells["single"]["dense_kv_bytes_per_step"]
-    assert (path.parent / "summary.csv").read_text().startswith("0,1,2\nTasks,rs_multiturn_512,single_512\n")
+    assert (path.parent / "summary-512.csv").read_text().startswith("0,1,2\nTasks,rs_multiturn,single\n")
     [line] = json.loads((path.parent / "run_meta.json").read_text())
     assert line["processes"] == 1 and line["batch"] == 2
 
@@ -101,7 +103,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(finished, model, tmp_path,
 
 
 def test_two_processes_share_the_work(finished, model, tmp_path):
-    port = "12391"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     command = [sys.executable, "-m", "eval", "--model", model, "--out", str(tmp_path), *ARGUMENTS, *POLICIES, *TASKS]
     hosts = ["--analysis", "1", "--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
     both = [
@@ -128,6 +132,7 @@ def test_a_failed_cell_does_not_stop_the_others(finished, model, tmp_path, monke
         assert main(command) == 1
     assert "lacks 3 of 3 answers" in capsys.readouterr().err
     [error] = tmp_path.glob("*/cells/single/512/error.json")
+    assert "lacks" not in compare(sorted(tmp_path.iterdir()), form="md")  # of what is there
     assert json.loads(error.read_text())["error"] == "RuntimeError: the chip is on fire"
     assert main(command) == 0
     assert not error.exists() and contents(tmp_path) == contents(finished, task="single")
@@ -162,7 +167,7 @@ def test_a_file_of_ruler_is_asked_as_it_stands(model, tmp_path):
     assert main([*command, *tasks, "--max_length", "100"]) == 1  # one does not fit
     [predictions] = (tmp_path / "out").glob("*/cells/vt/*/predictions.jsonl")
     found = [json.loads(line) for line in predictions.read_text().splitlines()]
-    assert [record["index"] for record in found] == [7, 7, 2]
+    assert [record["index"] for record in found] == [7, 7, 7]
     assert [record["input"] for record in found[:2]] == [line["input"] + " It is" for line in lines]
     assert "expected at most max_length=100" in found[2]["others"]["error"]
     metrics = json.loads((predictions.parent / "metrics.json").read_text())
@@ -185,6 +190,8 @@ def test_a_file_of_ruler_is_asked_as_it_stands(model, tmp_path):
         (["--tasks", "[ruler]"], "the task ruler has no path"),
         (["--tasks", "[{name: perplexity, documents: [short.txt]}]"], "documents have 5 tokens at most, expected 512"),
         (["--tasks", "[{name: ruler, path: torn.jsonl, task: vt}]"], "torn.jsonl, line 2: "),
+        (["--tasks", "[single, {name: single, digits: 5}]"], "tasks has single twice at length 512, expected another"),
+        (["--tasks", "[{name: rs_vt, hops: many}]"], "the task rs_vt with {'hops': 'many'} cannot be made"),
         (["--model", "nowhere"], "nowhere"),
         (["--out", "/proc/nothing"], "/proc/nothing"),
     ],

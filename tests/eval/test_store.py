@@ -70,13 +70,13 @@ def test_a_failed_answer_gives_way_and_two_that_differ_do_not(tmp_path):
     folder.append([answer(0, "", error="no memory")])
     assert folder.answers()[0].prediction["pred"] == "right"
     folder.append([answer(1, "other")])
-    with pytest.raises(ValueError, match="has two answers to line 1, expected one; use --fresh"):
+    with pytest.raises(ValueError, match="has two answers to line 1, expected one; use --fresh true"):
         folder.answers()
 
 
 def test_folders_of_something_else_are_refused_and_left_alone(tmp_path):
     CellFolder(tmp_path / "cell", IDENTITY).append([answer(0)])
-    with pytest.raises(ValueError, match="was made with seed=1, this run has 2; name another folder, or use --fresh"):
+    with pytest.raises(ValueError, match="was made with seed=1, this run has 2; name another folder"):
         CellFolder(tmp_path / "cell", {**IDENTITY, "seed": 2})
     config = {"model": "tiny", "k": 4}
     first = RunFolder(tmp_path, "tiny__full", config, "abc", fresh=False)
@@ -92,7 +92,7 @@ def test_malformed_lines_are_named(tmp_path):
     CellFolder(tmp_path, IDENTITY).append([answer(0)])
     [journal] = (tmp_path / "journal").iterdir()
     journal.write_text(journal.read_text() + "{]\n")
-    with pytest.raises(ValueError, match="line 2: not JSON; remove the line, or use --fresh"):
+    with pytest.raises(ValueError, match="line 2: not JSON; remove the line, or use --fresh true"):
         CellFolder(tmp_path, IDENTITY).answers()
     (tmp_path / "task.json").write_text("{")
     with pytest.raises(ValueError, match=r"task\.json is not valid JSON"):

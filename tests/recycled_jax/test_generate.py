@@ -99,6 +99,15 @@ def test_fed_tokens_follow_the_prompt(policy):
     assert generate(model, params, prefilled, policy=policy, max_new_tokens=12, fed=questions).tokens == whole.tokens
 
 
+def test_a_fed_row_does_not_depend_on_the_others():
+    rows, questions = prompts(11, 4), [[5, 6, 7], [8, 9, 10, 11, 12]]
+    both = run(rows, policy=RECYCLED, fed=questions)
+    for row in range(2):
+        alone = run([rows[row]], policy=RECYCLED, fed=[questions[row]])
+        assert alone.tokens == [both.tokens[row]]
+        assert alone.telemetry.refreshes().tolist() == both.telemetry.refreshes()[:, [row]].tolist()
+
+
 def test_density_by_hand():
     density = run(prompts(11, 4), policy=RECYCLED, max_new_tokens=5).telemetry.density()
     # steps 1 to 4 of stride 4: three read 8 slots of 12, 13, 14 and the fourth all 15; the short row has 5 to 8
