@@ -179,8 +179,8 @@ def told_by_steps(telemetry: Telemetry, row: int) -> dict[str, Any]:
         "policy_steps": round(steps - full / layers, 4),
         "effective_stride": round(steps * layers / refreshes, 4) if refreshes else None,
         "density": _number(telemetry.density()[row]) if steps else None,
-        "kv_bytes_per_step": _number(telemetry.kv_bytes_per_token()[row]),
-        "dense_kv_bytes_per_step": _number(telemetry.dense_kv_bytes_per_token()[row]),
+        "kv_bytes_per_step": _number(telemetry.kv_bytes_per_token()[row]) if steps else None,
+        "dense_kv_bytes_per_step": _number(telemetry.dense_kv_bytes_per_token()[row]) if steps else None,
     }
 
 

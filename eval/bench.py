@@ -359,7 +359,7 @@ def _effective_stride(trace: LayerTrace) -> list[float | None]:
 
 
 def _identity(record: Mapping[str, Any]) -> str:
-    told = {name: record[name] for name in IDENTITY} | {"device": record["device"]["kind"]}
+    told = {name: record.get(name) for name in IDENTITY} | {"device": record["device"]["kind"]}
     return json.dumps(told, sort_keys=True)
 
 

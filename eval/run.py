@@ -35,7 +35,7 @@ def evaluate(config: EvalConfig) -> int:
     cells = make_cells(config, prompts, config.max_length or checkpoint.config.max_length)
     runs = [Run(one, _folder(config, checkpoint, prompts, one)) for one in chosen(config.policies, config.budgets)]
     missing = {cell: _missing(cell, runs, config) for cell in cells}
-    print(_plan(cells, runs, missing), file=sys.stderr)
+    print(_plan(cells, runs, missing, config.examples), file=sys.stderr)
     for run in runs if jax.process_index() == 0 else ():
         run.folder.begin()
     started = _now()
@@ -134,13 +134,14 @@ def _folder(config: EvalConfig, checkpoint: Checkpoint, prompts: Prompts, one: C
     return RunFolder(Path(config.out), f"{model}__{one.title}", settings, digest(settings), fresh=config.fresh)
 
 
-def _plan(cells: Sequence[Cell], runs: Sequence[Run], missing: dict[Cell, Batches]) -> str:
+def _plan(cells: Sequence[Cell], runs: Sequence[Run], missing: dict[Cell, Batches], wanted: int) -> str:
     examples = sum(cell.examples for cell in cells)
     tokens = sum(cell.examples * cell.length for cell in cells)
     left = sum(len(places) for of in missing.values() for places in of.values())
+    short = [f"; {c.task} {c.length} has {c.examples} examples only" for c in cells if c.examples < wanted]
     return (
         f"{len(runs)} policies × {len(cells)} cells: {examples} examples of {tokens:,} tokens for each policy, "
-        f"{left} batches to answer"
+        f"{left} batches to answer{''.join(short)}"
     )
 
 

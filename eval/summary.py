@@ -66,9 +66,9 @@ def timing(seconds: Sequence[Mapping[str, Any]], batch: int) -> dict[str, Any]:
 
 
 def beside_dense(run: str, ours: Sequence[Answer], theirs: Sequence[Answer]) -> dict[str, Any] | None:
-    """How a policy's answers stand to the dense ones of the folder `run`: over the lines that both have."""
-    dense = {answer.line: answer.prediction for answer in theirs}
-    pairs = [(a.prediction, dense[a.line]) for a in ours if a.line in dense]
+    """How a policy's answers stand to the dense ones of the folder `run`: over the lines that both have answered."""
+    dense = {answer.line: answer.prediction for answer in theirs if not answer.failed}
+    pairs = [(a.prediction, dense[a.line]) for a in ours if a.line in dense and not a.failed]
     if not pairs or "score" not in pairs[0][0]["others"]:
         return None
     own, full = (np.array([p[side]["others"]["score"] for p in pairs]) for side in (0, 1))
