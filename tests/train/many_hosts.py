@@ -36,7 +36,7 @@ def config(folder: Path) -> TrainConfig:
 
 if __name__ == "__main__":
     folder, tokenizer, port, index, *event = sys.argv[1:]
-    hosts = Distributed(f"localhost:{port}", processes=2, process=int(index), heartbeat=10)
+    hosts = Distributed(f"localhost:{port}", processes=2, process=int(index), heartbeat=30)
     ours = dataclasses.replace(config(Path(folder)), distributed=hosts)
     what, step = event or ("die", "0")  # steps count from 1
 
