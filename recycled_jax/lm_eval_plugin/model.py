@@ -77,7 +77,9 @@ class RecycledJax(TemplateLM):
         prompts, settings, stops = [], [], []
         lost = 0
         for context, asked in (request.args for request in requests):
-            normal = normalize_gen_kwargs({name: value for name, value in asked.items() if value is not None})
+            normal: dict[str, Any] = {
+                **normalize_gen_kwargs({name: value for name, value in asked.items() if value is not None})
+            }
             wanted = Settings.of(normal)
             tokens = self.tok_encode(context) or [self.prefix_token_id]
             prompt, shortened = fit_prompt(tokens, max_gen_toks=wanted.max_gen_toks, max_length=self.max_length)
