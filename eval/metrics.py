@@ -16,6 +16,7 @@ from eval.row_f1 import row_f1
 Metric = Callable[[str, Sequence[str], Mapping[str, Any]], dict[str, float]]
 
 RESAMPLES = 10_000
+LEAST_CEILING = 20  # a dense score below it says nothing about what a policy retains
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _AROUND_A_KEY = " \t.;:'\"`()[]"
 

@@ -61,10 +61,6 @@ class Documents:
             line -= count
         raise ValueError(f"line={line} is behind the last piece")
 
-    def skipped(self, length: int) -> int:
-        """Documents too short for a piece."""
-        return sum(count == 0 for count in self._of_document(length))
-
     def _of_document(self, length: int) -> list[int]:
         return [len(document) // (length - len(self.begin)) for document in self.tokens]
 

@@ -23,10 +23,10 @@ from eval.compare import (
     shown_bytes,
     signed,
 )
+from eval.metrics import LEAST_CEILING
 from eval.pictures import Picture, bench_label, dense_of, pictures
 from eval.read_runs import Bench, Cell, Run, flat, labels, read_runs
 
-CEILING = 20  # a dense score below it supports no claim
 NONE = "–"
 
 # The questions of a report and the columns that answer them.
@@ -42,8 +42,8 @@ _SCORES = (("Is it as good?", ("score [95 %], n", "dense", "retention", "differe
 _PERPLEXITIES = (("Is it as good?", ("perplexity, n", "dense", "ratio [95 %], n")), *_COSTS)
 _HEADLINE_NOTES = (
     "Dense is the policy that always reads everything; its score on the same examples is the ceiling. Retention is the "
-    f"score in percent of it; below a dense score of {CEILING} there is none. Differences and ratios are paired by "
-    "example. With 100 examples and a score of 90 the interval reaches about 6 points to each side.",
+    f"score in percent of it; below a dense score of {LEAST_CEILING} there is none. Differences and ratios are paired "
+    "by example. With 100 examples and a score of 90 the interval reaches about 6 points to each side.",
     "Decode time is of a step of the whole batch, prefill time of a batch, both of the scored runs; a ratio above 1 is "
     "faster than dense, and there is none where device, batch or mode differ. Bytes per step: weights and what the "
     "batch reads of its KV caches. Floor and MBU come from the bench at this length and batch, on the same device.",
@@ -138,7 +138,7 @@ def _quality(cell: Cell, dense: Cell | None) -> list[str]:
         return [own, NONE, NONE, NONE]
     common = [one.score or 0.0 for line, one in dense.predictions.items() if line in cell.predictions]
     ceiling = statistics.mean(common)
-    retention = f"{100 * (1 + found.value / ceiling):.1f} %" if ceiling >= CEILING else "ceiling too low"
+    retention = f"{100 * (1 + found.value / ceiling):.1f} %" if ceiling >= LEAST_CEILING else "ceiling too low"
     points = f"{signed(found.value)} [{signed(found.low)}, {signed(found.high)}], {found.n}"
     return [own, f"{ceiling:.1f}", retention, points]
 

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from eval.cells import Cell
-from eval.metrics import clean, interval, paired_interval
+from eval.metrics import LEAST_CEILING, clean, interval, paired_interval
 from eval.perplexity import perplexity
 from eval.ruler_files import TaskScore
 from eval.store import Answer
 
 UNDERFILLED = 0.9  # of the asked length
-LEAST_CEILING = 20.0  # a dense score below it says nothing about what a policy retains
 
 
 def cell_metrics(cell: Cell, answers: Sequence[Answer], weight_bytes: int) -> dict[str, Any]:
