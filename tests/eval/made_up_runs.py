@@ -29,15 +29,29 @@ DECODE_MS = {
     ("snapkv", 32): 3.5,
     ("snapkv", 64): 4.4,
 }
+_BY_LENGTH = (
+    "score_against_budget",
+    "score_against_latency",
+    "stride_by_layer",
+    "coverage_by_age",
+    "overlap_by_layer",
+    "output_length",
+)
+_OF_ALL = {"perplexity_by_position_512", "needle_score_rs_needle", "needle_difference_rs_needle", "bench_0"}
 Key = tuple[str, int | None]
 
 
-def write_runs(out: Path) -> list[Path]:
+def picture_names(lengths: Sequence[int] = LENGTHS) -> set[str]:
+    """The pictures of `write_runs`; 512 is among the lengths."""
+    return {f"{name}_{length}" for name in _BY_LENGTH for length in lengths} | _OF_ALL
+
+
+def write_runs(out: Path, lengths: Sequence[int] = LENGTHS) -> list[Path]:
     """Of the dense policy and of two others with two budgets each; the dense one comes first."""
-    return [write_run(out, *key) for key in POLICIES]
+    return [write_run(out, *key, lengths=lengths) for key in POLICIES]
 
 
-def write_run(out: Path, name: str, k: int | None) -> Path:
+def write_run(out: Path, name: str, k: int | None, lengths: Sequence[int] = LENGTHS) -> Path:
     key = (name, k)
     policy = {"name": name} | ({} if k is None else {"k": k}) | ({"stride": 8} if name == "recycled" else {})
     digest = f"{POLICIES.index(key):012x}"
@@ -57,11 +71,11 @@ def write_run(out: Path, name: str, k: int | None) -> Path:
         folder / "run_meta.json",
         [meta | {"hosts": 1, "processes": 1, "device": device, "versions": versions, "batch": 5}],
     )
-    for length in LENGTHS:
+    for length in lengths:
         _write_cell(folder, key, "single", length, [_single(key, i) for i in range(EXAMPLES)])
         _write_cell(folder, key, "rs_needle", length, [_needle(key, length, i) for i in range(2 * len(DEPTHS))])
     _write_cell(folder, key, "perplexity", 512, [_document(key, i) for i in range(DOCUMENTS)])
-    lines = [json.dumps(bench_record(key, length)) for length in LENGTHS]
+    lines = [json.dumps(bench_record(key, length)) for length in lengths]
     (folder / "bench.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.compare import compare, markdown_table, shown_bytes, signed
+from eval.compare import compare
+from eval.finished.text import markdown_table, shown_bytes, signed
 from eval.metrics import paired_interval
-from eval.read_runs import labels, read_run
-from tests.eval.made_up_runs import DOCUMENTS, TOKENS, read_lines, write, write_lines, write_run, write_runs
+from tests.eval.made_up_runs import DOCUMENTS, TOKENS, read_lines, write, write_lines, write_runs
 
 
 @pytest.fixture
@@ -141,54 +141,6 @@ def test_prediction_folders_of_ruler_are_scored_and_paired_by_line(tmp_path):
     write_lines(path, records)
     with pytest.raises(ValueError, match="cell qa_1 4096 has other references in line 1"):
         compare(folders, form="md")
-
-
-@pytest.mark.parametrize(
-    ("name", "number", "text", "message"),
-    [
-        ("cells/single/512/predictions.jsonl", 3, '{"index": 2, "pre', r"predictions\.jsonl, line 3: "),
-        ("cells/single/512/predictions.jsonl", 2, '{"pred": 5, "others": {}}', r"line 2: pred=5; expected str"),
-        (
-            "cells/single/512/predictions.jsonl",
-            1,
-            '{"pred": "", "outputs": [], "others": {}}',
-            "neither score, nll nor",
-        ),
-        ("cells/single/512/telemetry.jsonl", 4, '{"line": 3, "layers": 5}', r"telemetry\.jsonl, line 4: layers=5"),
-        (
-            "cells/single/512/metrics.json",
-            1,
-            '{"kv_bytes_per_step": "many"}',
-            r"metrics\.json: kv_bytes_per_step='many'",
-        ),
-        ("cells/single/512/metrics.json", 1, "[1,]", r"metrics\.json, line 1: "),
-        ("bench.jsonl", 2, "[]", r"bench\.jsonl, line 2: expected an object"),
-        ("config.json", 1, '{"policy": {"name": "full"}}', r"config\.json: hash=None; expected str"),
-    ],
-)
-def test_a_malformed_file_is_named_with_its_line(tmp_path, name, number, text, message):
-    run = write_run(tmp_path, "full", None)
-    lines = (run / name).read_text().splitlines()
-    lines[number - 1] = text
-    (run / name).write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=message):
-        read_run(run)
-
-
-def test_a_line_answered_twice_is_refused(runs):
-    file = runs[0] / "cells/single/512/predictions.jsonl"
-    records = read_lines(file)
-    write_lines(file, [*records, records[4]])
-    with pytest.raises(ValueError, match=r"line 11: line=4 was answered before"):
-        read_run(runs[0])
-
-
-def test_runs_of_one_policy_and_budget_tell_their_other_knobs(tmp_path):
-    first, second = write_run(tmp_path / "a", "recycled", 32), write_run(tmp_path / "b", "recycled", 32)
-    config = json.loads((second / "config.json").read_text())
-    write(second / "config.json", config | {"policy": config["policy"] | {"stride": 16}})
-    read = [read_run(path) for path in (first, second)]
-    assert labels(read) == ["recycled, stride 8, k 32", "recycled, stride 16, k 32"]
 
 
 def test_bad_arguments_are_told(tmp_path, runs):
