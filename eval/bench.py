@@ -9,7 +9,6 @@ same command measures it again.
 import itertools
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from eval import peer_hf, random_llama
 from eval.config import Named, chosen
-from eval.provenance import provenance
+from eval.provenance import commit, provenance
 from eval.random_llama import RandomLlama
 from eval.step_bytes import bandwidth, dense_bytes, observed_bytes, weights_read
 from eval.timing import Candidate, Clock, Measured, Repeats, Workload, prepare, spread
@@ -238,7 +237,7 @@ def _common(config: BenchConfig, subject: Subject, rate: tuple[float, str]) -> d
     return {
         "schema": 1,
         "kind": "measured",
-        "git": _commit(),
+        "git": commit(),
         "versions": origin["versions"] | {"libtpu": _version("libtpu")},
         "device": device,
         "model": subject.name,
@@ -380,13 +379,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """Of the sources, with a mark if they have been changed since; None outside a repository."""
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -32,7 +32,7 @@ class EvalConfig:
     that of the file `haystack`.
 
     Batches with one of the first `analysis` questions of a cell are decoded once more, to measure the attention mass on
-    the selections, which reads all keys. `store_input` false keeps a digest of each prompt instead of its text. `fresh`
+    the selections, which reads all keys; another number is another run. `store_input` false keeps a digest of each prompt instead of its text. `fresh`
     makes new folders beside those that are there instead of going on. `chunk` tokens of a prompt are read at a time.
     With `distributed` this is one of many processes, which share the examples and the folder `out`.
     """

@@ -86,9 +86,8 @@ def measure(peer: Peer, workload: Workload, clock: Clock = time.perf_counter) ->
     tokens = tokens.to(peer.device)
     with torch.inference_mode():
         peer.model.set_attn_implementation("sdpa")
-        warmups = max(1, runs.prefill_warmups)  # ours have read the prompts once when they were compiled
         prefill_ms, prompt = [], None
-        for _ in range(warmups + runs.prefill_repeats):
+        for _ in range(runs.prefill_warmups + runs.prefill_repeats):
             prompt = None
             started = _now(peer, clock)
             prompt = _prefill(peer, tokens)
@@ -105,7 +104,7 @@ def measure(peer: Peer, workload: Workload, clock: Clock = time.perf_counter) ->
     fastest = min(medians, key=medians.__getitem__)
     told = {"versions": {name: version(name) for name in ("torch", "transformers")}, "threads": torch.get_num_threads()}
     details = {"peer": {"name": "hf", **told, "fastest": fastest, "decode_ms_per_step": medians}}
-    return Measured(tuple(prefill_ms[warmups:]), times[fastest], peak_memory_bytes=peak, details=details)
+    return Measured(tuple(prefill_ms[runs.prefill_warmups :]), times[fastest], peak_memory_bytes=peak, details=details)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ import os
 import shutil
 import traceback
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from eval.lock import held
 
 Record = dict[str, Any]
 
@@ -113,11 +116,17 @@ class RunFolder:
         if (path / "config.json").exists():
             refuse_others(path / "config.json", self.config, "out")
 
-    def begin(self) -> None:
-        """Writes what the run is of, once."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other runs out while inside (ValueError if one is there); writes what this run is of, once, and removes
+        the beginnings of files that a killed one left."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "config.json").exists():
-            write_json(self.path / "config.json", self.config)
+        with held(self.path / ".lock"):
+            for beginning in self.path.rglob(f".*.{'[0-9a-f]' * 32}"):
+                beginning.unlink()
+            if not (self.path / "config.json").exists():
+                write_json(self.path / "config.json", self.config)
+            yield
 
     def add_invocation(self, told: Mapping[str, Any]) -> None:
         """One more entry of `run_meta.json`."""
@@ -146,7 +155,12 @@ def refuse_others(path: Path, expected: Mapping[str, Any], argument: str) -> Non
 
 def write_json(path: Path, value: Any) -> None:
     """All of it or nothing."""
-    _write(path, [json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"])
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Likewise."""
+    _write(path, [text.encode()])
 
 
 def _write(path: Path, parts: Iterable[bytes]) -> None:

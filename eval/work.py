@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from eval import answer as answering
 from eval.cells import Cell, PerplexityCell, Question
 from eval.config import Chosen, EvalConfig, couples_rows
 from eval.store import Answer, CellFolder, RunFolder
+from eval.together import Batches, Wanted, batches
 from recycled_jax.decode import Params
 from recycled_jax.frame import PrefillAttention, Prefilled
 from recycled_jax.model import Llama
@@ -30,18 +31,6 @@ class Run:
         path = self.folder.cell(cell.task, cell.length)
         identity = {**cell.identity, "hash": cell.hash}
         return CellFolder(path, identity, process=jax.process_index(), processes=jax.process_count())
-
-
-# place of a run → lines of a batch that it has not answered
-Wanted = Mapping[int, set[int]]
-# number of a batch → the same for each
-Batches = Mapping[int, Wanted]
-
-
-def batches(cell: Cell, size: int) -> Iterator[tuple[int, range]]:
-    """The numbers of a cell's batches, and their lines: the same whoever answers them, and however often."""
-    for number, first in enumerate(range(0, cell.examples, size)):
-        yield number, range(first, min(first + size, cell.examples))
 
 
 class Work:

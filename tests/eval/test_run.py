@@ -1,6 +1,8 @@
 """`python -m eval` on a tiny random model: what it writes, how it goes on, and what it refuses."""
 
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import pytest
 from eval import work
 from eval.__main__ import main
 from eval.compare import compare
+from eval.lock import held
+from eval.provenance import commit
 from tests.recycled_jax.tiny import save_tiny
 
 ARGUMENTS = ["--lengths", "[512]", "--examples", "3", "--batch", "2"]
@@ -76,6 +80,9 @@ def test_metrics_stand_beside_the_dense_ones(finished):
     assert (path.parent / "summary-512.csv").read_text().startswith("0,1,2\nTasks,rs_multiturn,single\n")
     [line] = json.loads((path.parent / "run_meta.json").read_text())
     assert line["processes"] == 1 and line["batch"] == 2
+    assert line["seconds"] > line["compile_seconds"] > 0
+    assert 2**26 < line["peak_memory_bytes"]["process"] < 2**40 and line["peak_memory_bytes"]["device"] is None
+    assert line["git"] == commit() and line["arguments"] == sys.argv[1:]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(finished, model, tmp_path, monkeypatch):
@@ -136,6 +143,54 @@ def test_a_failed_cell_does_not_stop_the_others(finished, model, tmp_path, monke
     assert json.loads(error.read_text())["error"] == "RuntimeError: the chip is on fire"
     assert main(command) == 0
     assert not error.exists() and contents(tmp_path) == contents(finished, task="single")
+
+
+def figures(out: Path, policy: str) -> list[dict]:
+    [path] = out.glob(f"tiny__{policy}__*/metrics.json")
+    return json.loads(path.read_text())["cells"]
+
+
+def test_the_dense_run_of_an_earlier_command_is_beside_a_later_one(finished, model, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    command = ["--model", model, "--out", str(out), *ARGUMENTS, *TASKS, "--policies", "[{name: streaming, k: 16}]"]
+    command += ["--preset", "small", "--analysis", "1"]
+    assert main(command) == 0
+    assert contents(out) == contents(finished)
+    assert main([*command, "--examples", "2"]) == 0  # of three that are there
+    assert contents(out) == contents(finished)
+    [task] = out.glob("tiny__full__*/cells/single/512/task.json")
+    task.write_text(task.read_text().replace('"seed": 42', '"seed": 43'))
+    assert main(command) == 0
+    without = [cell["task"] for cell in figures(out, "streaming-k16") if cell["dense"] is None]
+    assert without == ["perplexity", "single"]  # the first never is beside a dense one
+
+
+def test_other_analysis_is_another_run(finished, model, tmp_path):
+    """Telemetry would be of both kinds, depending on which lines were answered when."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    command = ["--model", model, "--out", str(tmp_path), *ARGUMENTS, *TASKS, "--policies", "[{name: streaming, k: 16}]"]
+    assert main([*command, "--preset", "small", "--analysis", "0"]) == 0
+    before, after = contents(finished), contents(tmp_path)
+    assert before.items() < after.items()
+    [telemetry] = [after[name] for name in after.keys() - before.keys() if name.endswith("telemetry.jsonl")]
+    assert [json.loads(line)["layers"][0]["coverage_by_age"] for line in telemetry.splitlines()] == [None] * 3
+    [measured] = finished.glob("tiny__streaming-k16__*/cells/single/512/telemetry.jsonl")
+    known = [json.loads(line)["layers"][0]["coverage_by_age"] is not None for line in measured.read_text().splitlines()]
+    assert known == [True, True, False]  # of the first batch
+
+
+def test_two_runs_do_not_write_to_one_folder(finished, model, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    [run] = tmp_path.glob("tiny__streaming*")
+    command = ["--model", model, "--out", str(tmp_path), *ARGUMENTS, *POLICIES, *TASKS, "--analysis", "1"]
+    before = contents(tmp_path)
+    with held(run / ".lock"):
+        assert main(command) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"eval: out: {run} is being written by process {os.getpid()} on" in said
+        assert contents(tmp_path) == before
+    assert main(command) == 0
 
 
 def test_where_memory_does_not_do_half_a_batch_is_answered_at_a_time(model, tmp_path, monkeypatch):
@@ -213,5 +268,6 @@ def test_a_folder_of_another_config_is_refused(finished, model, tmp_path, capsys
     copy.mkdir()
     config = json.loads((run / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "question": "decode"}))
-    assert main(["--model", model, "--out", str(tmp_path), *ARGUMENTS, "--policies", "[full]", *TASKS]) == 2
+    command = ["--model", model, "--out", str(tmp_path), *ARGUMENTS, "--policies", "[full]", *TASKS]
+    assert main([*command, "--analysis", "1"]) == 2
     assert "was made with question='decode', this run has 'prefill'" in capsys.readouterr().err

@@ -1,13 +1,22 @@
 """Run folders: nothing answered is lost, doubled or mixed, wherever a run is killed."""
 
+import errno
+import fcntl
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval.lock import held
 from eval.store import Answer, CellFolder, RunFolder, write_json
 
+ROOT = Path(__file__).parents[2]
 IDENTITY = {"name": "single", "length": 512, "seed": 1}
 
 
@@ -80,7 +89,8 @@ def test_folders_of_something_else_are_refused_and_left_alone(tmp_path):
         CellFolder(tmp_path / "cell", {**IDENTITY, "seed": 2})
     config = {"model": "tiny", "k": 4}
     first = RunFolder(tmp_path, "tiny__full", config, "abc", fresh=False)
-    first.begin()
+    with first.held():
+        pass
     before = files(first.path)
     with pytest.raises(ValueError, match="was made with k=4, this run has 8"):
         RunFolder(tmp_path, "tiny__full", {**config, "k": 8}, "abc", fresh=False)
@@ -106,3 +116,41 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
+    one, other = (RunFolder(tmp_path, "tiny__full", {"k": 4}, "abc", fresh=False) for _ in range(2))
+    with one.held(), pytest.raises(ValueError) as refused, other.held():
+        pass
+    who = f"process {os.getpid()} on {socket.gethostname()}"
+    assert str(refused.value) == (
+        f"out: {one.path} is being written by {who}; wait until it ends, or name another folder"
+    )
+    with other.held():
+        pass
+
+
+def test_the_lock_of_a_killed_run_is_none(tmp_path):
+    program = "import sys, time, pathlib, eval.lock as lock\nwith lock.held(pathlib.Path(sys.argv[1])):\n"
+    program += "    print('held', flush=True)\n    time.sleep(600)"
+    path = tmp_path / ".lock"
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"is being written by process {child.pid} on"), held(path):
+            pass
+        child.kill()
+        child.wait()
+        with held(path):
+            assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
+    def without(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with held(tmp_path / ".lock"), held(tmp_path / ".lock"):
+        pass
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"), held(tmp_path / ".lock"):
+        pass
