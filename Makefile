@@ -19,8 +19,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(RUN) pytest -m slow
 
+# Minutes for the embedded model, most of an hour for the other. With PyTorch installed, --peer hf times transformers too.
 bench: $(STAMP)
-	$(RUN) eval.speed --out speed.json
+	$(RUN) eval bench --config configs/eval/bench_cpu.yaml
+	$(RUN) eval bench --config configs/eval/bench_cpu_embedded.yaml
 
 lint: $(STAMP)
 	$(RUN) ruff check .

@@ -1,1 +1,1 @@
-"""Evaluation: quality beside its dense ceiling (`eval.retrieval`), speed beside its floor (`eval.speed`)."""
+"""Evaluation: quality beside its dense ceiling, speed beside its floor."""

@@ -15,8 +15,9 @@ from eval.metrics import METRICS
 from eval.ruler_files import prediction_record
 from eval.store import Answer
 from recycled_jax.decode import Params
-from recycled_jax.frame import Prefilled
+from recycled_jax.frame import LayerTrace, Prefilled
 from recycled_jax.generate import Generation, generate, read
+from recycled_jax.mesh import rows_together
 from recycled_jax.model import Llama
 from recycled_jax.scoring import score_tokens
 from recycled_jax.telemetry import Telemetry
@@ -51,7 +52,7 @@ def read_questions(
     prefilled = read(
         model,
         params,
-        [question.tokens for question in questions],
+        [question.tokens for question in _whole_rows(model, questions)],
         policies=[chosen.policy for chosen in policies],
         max_new_tokens=max(_room(question) for question in questions),
         capacity=capacity(cell, questions, config),
@@ -76,8 +77,8 @@ def generated(
     coverage: bool = False,
 ) -> Generation:
     """Answers to all questions, each as long as the longest may be."""
-    fed = [question.fed for question in questions]
-    return generate(
+    fed = [question.fed for question in _whole_rows(model, questions)]
+    done = generate(
         model,
         params,
         prefilled,
@@ -90,6 +91,7 @@ def generated(
         block=BLOCK,
         implementation=config.implementation,
     )
+    return replace(done, telemetry=_first_rows(done.telemetry, len(questions)))
 
 
 def scored(
@@ -103,7 +105,7 @@ def scored(
     coverage: bool = False,
 ) -> tuple[np.ndarray, Telemetry]:
     """Negative log-likelihoods (nats) of the tokens that follow, [batch, tokens], and what the steps did."""
-    follows = jnp.array([question.follows for question in questions])
+    follows = jnp.array([question.follows for question in _whole_rows(model, questions)])
     result = score_tokens(
         model,
         params,
@@ -114,10 +116,23 @@ def scored(
         implementation=config.implementation,
     )
     trace = {name: np.asarray(values) for name, values in result.trace._asdict().items()}
-    steps = np.full(len(questions), follows.shape[1] - 1)
+    steps = np.full(len(follows), follows.shape[1] - 1)
     lengths = np.asarray(prefilled.prompts.lengths)
     telemetry = Telemetry(model.config, chosen.policy, jnp.dtype(model.dtype).itemsize, lengths, steps, **trace)
-    return -np.asarray(result.log_probs, np.float64), telemetry
+    nll = -np.asarray(result.log_probs, np.float64)
+    return nll[: len(questions)], _first_rows(telemetry, len(questions))
+
+
+def _whole_rows(model: Llama, questions: Sequence[Question]) -> list[Question]:
+    """As many as the devices of a mesh can share evenly: the last one again, whose answers nobody reads."""
+    sharing = 1 if model.mesh is None else rows_together(model.mesh)
+    return [*questions, *[questions[-1]] * (-len(questions) % sharing)]
+
+
+def _first_rows(telemetry: Telemetry, count: int) -> Telemetry:
+    trace = {name: getattr(telemetry, name)[..., :count] for name in LayerTrace._fields}
+    lengths, steps = telemetry.prompt_lengths[:count], telemetry.steps[:count]
+    return replace(telemetry, prompt_lengths=lengths, steps=steps, **trace)
 
 
 def record_of_text(

@@ -8,6 +8,7 @@ same command measures it again.
 
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from eval import peer_hf, random_llama
@@ -30,10 +32,13 @@ from eval.step_bytes import bandwidth, dense_bytes, observed_bytes, weights_read
 from eval.timing import Candidate, Clock, Measured, Repeats, Workload, prepare, spread
 from pallas_kernels.dispatch import kernels_by_default
 from recycled_jax.commands.loading import Checkpoint
+from recycled_jax.config import LlamaConfig
 from recycled_jax.decode import Params
 from recycled_jax.frame import FixedStride, LayerTrace, Recycling
+from recycled_jax.mesh import MeshSizes, check_decoding, make_mesh
 from recycled_jax.model import Llama
 from recycled_jax.policies import Policy, make_policy
+from recycled_jax.sharding import param_shardings
 from recycled_jax.tasks.prose import generated_sentences
 
 MOST_DRIFT = 0.05  # between the medians of two dense runs, before what lies between them is void
@@ -42,7 +47,7 @@ _DENSE = make_policy("full")
 # Two records that agree in these are of the same configuration.
 IDENTITY = (
     "model", "dtype", "policy", "force_stride", "implementation", "mode", "length", "batch", "decode_steps", "repeats",
-    "warmups",
+    "warmups", "prefill_repeats",
 )  # fmt: skip
 
 
@@ -73,10 +78,13 @@ class BenchConfig:
         decode_steps: Decode steps in a timed run.
         repeats: Timed runs.
         warmups: Runs before them that do not count.
-        prefill_repeats: Timed runs of reading the prompts, in each run of a policy.
+        prefill_repeats: Timed runs of reading the prompts, in each run of a policy. With 0 and random weights nobody
+            reads them: caches are made up of random numbers, and decoding alone is timed.
         prefill_warmups: Runs before them that do not count.
         peer: Another library to time beside, `hf` for Hugging Face transformers; none when not given.
         force_stride: Every policy that has a schedule refreshes after so many steps, whatever its queries say.
+        mesh: Devices that the model lies on: rows over `data`, heads over `tensor`, the cache of a row over `sequence`;
+            one device when not given. Bytes and floors are then those of one device.
     """
 
     out: Path
@@ -93,18 +101,23 @@ class BenchConfig:
     prefill_warmups: int = 3
     peer: Literal["hf"] | None = None
     force_stride: int | None = None
+    mesh: MeshSizes | None = None
 
     def __post_init__(self) -> None:
         for name in ("lengths", "batches", "budgets"):
             values = getattr(self, name)
             if not values or min(values) < 1:
                 raise ValueError(f"{name}={list(values)} must hold numbers of at least 1")
-        for name in ("decode_steps", "repeats", "prefill_repeats"):
+        for name in ("decode_steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("warmups", "prefill_warmups"):
+        for name in ("warmups", "prefill_repeats", "prefill_warmups"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.prefill_repeats == 0 and not isinstance(self.model, RandomModel):
+            raise ValueError("prefill_repeats=0 makes up caches, which is for random weights; expected at least 1")
+        if self.mesh is not None and self.peer is not None:
+            raise ValueError(f"peer={self.peer!r} runs on one device; leave it or mesh out")
 
     @property
     def runs(self) -> Repeats:
@@ -141,7 +154,15 @@ def bench(config: BenchConfig, *, clock: Clock = time.perf_counter, prepare: Pre
     queries, and as `peer_hf.load` does; errors while measuring, other than a lack of memory, go through.
     """
     entries = _entries(config)
-    subject = _subject(config)
+    if config.mesh is None:
+        return _bench(config, entries, None, clock, prepare)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        return _bench(config, entries, mesh, clock, prepare)
+
+
+def _bench(config: BenchConfig, entries: list[Entry], mesh: Mesh | None, clock: Clock, prepare: Prepare) -> Path:
+    subject = _subject(config, mesh)
     peer = None
     if config.peer is not None:
         assert subject.folder is not None
@@ -205,18 +226,22 @@ def _with_stride(policy: Policy, stride: int | None) -> Policy:
     return replace(policy, method=replace(method, schedule=FixedStride(stride)))
 
 
-def _subject(config: BenchConfig) -> Subject:
+def _subject(config: BenchConfig, mesh: Mesh | None) -> Subject:
     if isinstance(config.model, RandomModel):
         sizes = config.model.random
         folder = random_llama.write(config.out, sizes) if config.peer else None
+        _check_mesh(config, sizes.config, mesh)
         network, params = random_llama.make(sizes, config.dtype)
+        if mesh is not None:
+            network, params = network.clone(mesh=mesh), jax.device_put(params, param_shardings(network.config, mesh))
 
         def any_tokens(batch: int, length: int) -> list[list[int]]:
             return np.random.default_rng(0).integers(0, sizes.vocab, (batch, length)).tolist()
 
         return Subject(sizes.name, "random", network, params, any_tokens, folder)
     checkpoint = Checkpoint.find(config.model)
-    network, params = checkpoint.load(config.dtype)
+    _check_mesh(config, checkpoint.config, mesh)
+    network, params = checkpoint.load(config.dtype, mesh)
 
     def prose(batch: int, length: int) -> list[list[int]]:
         rows = []
@@ -229,11 +254,17 @@ def _subject(config: BenchConfig) -> Subject:
     return Subject(name, "real", network, params, prose, checkpoint.folder)
 
 
+def _check_mesh(config: BenchConfig, sizes: LlamaConfig, mesh: Mesh | None) -> None:
+    for batch in config.batches if mesh is not None else ():
+        check_decoding(sizes, mesh, batch=batch)
+
+
 def _common(config: BenchConfig, subject: Subject, rate: tuple[float, str]) -> dict[str, Any]:
     """What all records of a run share."""
     origin = provenance()
-    device = {"kind": jax.devices()[0].device_kind, "machine": origin["device"]["machine"], "chips": 1}
-    device |= {"mesh": {"data": 1, "tensor": 1}, "hbm_tb_s": rate[0] / 1e12, "bandwidth_from": rate[1]}
+    device = {"kind": jax.devices()[0].device_kind, "machine": origin["device"]["machine"]}
+    sizes = {"data": 1, "tensor": 1} if subject.model.mesh is None else dict(subject.model.mesh.shape)
+    device |= {"chips": math.prod(sizes.values()), "mesh": sizes, "hbm_tb_s": rate[0] / 1e12, "bandwidth_from": rate[1]}
     return {
         "schema": 1,
         "kind": "measured",
@@ -292,16 +323,19 @@ def _figures(
     """The figures of a record; `rate` in bytes per second."""
     config, steps = workload.model.config, workload.runs.decode_steps
     element, prompts = jnp.dtype(workload.model.dtype).itemsize, np.asarray(workload.lengths)
-    weights = weights_read(config, workload.params, batch=workload.batch)
-    of_dense = dense_bytes(config, prompts, steps=steps, weights=weights, element=element)
+    mesh = {} if workload.model.mesh is None else workload.model.mesh.shape
+    shared = math.prod(mesh.get(axis, 1) for axis in ("fsdp", "tensor"))
+    weights = weights_read(config, workload.params, batch=workload.batch, shards=shared)
+    shards = math.prod(mesh.values())
+    of_dense = dense_bytes(config, prompts, steps=steps, weights=weights, element=element, shards=shards)
     around = _around(dense)
     if measured is None:
         return {"status": "oom", "valid": False, "dense": around}
     trace, moved = measured.trace, of_dense
     if trace is not None and policy is not None:
-        moved = observed_bytes(config, policy, trace, prompts, weights=weights, element=element)
+        moved = observed_bytes(config, policy, trace, prompts, weights=weights, element=element, shards=shards)
     prefill, decode = spread(measured.prefill_ms), spread(measured.decode_ms)
-    assert prefill is not None and decode is not None
+    assert decode is not None
     floor_ms = 1e3 * moved.total / rate
     return {
         "status": "ok",
@@ -311,12 +345,12 @@ def _figures(
         "decode_ms_per_step": decode,
         "full_step_ms": spread(measured.full_step_ms),
         "recycled_step_ms": spread(measured.recycled_step_ms),
-        "end_to_end_ms": prefill["p50"] + steps * decode["p50"],
+        "end_to_end_ms": prefill["p50"] + steps * decode["p50"] if prefill else None,
         "tokens_per_s": 1e3 * workload.batch / decode["p50"],
         "dense": around,
         "ratio_decode": around["decode_ms_per_step"]["p50"] / decode["p50"] if around else None,
         "ratio_prefill": around["prefill_ms"]["p50"] / prefill["p50"]
-        if around and _quiet(around["prefill_drift"])
+        if prefill and around and _quiet(around["prefill_drift"])
         else None,
         "bytes_per_step": moved.to_json(),
         "floor_ms": floor_ms,
@@ -346,7 +380,7 @@ def _quiet(drift: float | None) -> bool:
 
 
 def _drift(runs: Sequence[Sequence[float]]) -> float | None:
-    medians = [float(np.median(run)) for run in runs]
+    medians = [float(np.median(run)) for run in runs if run]
     return max(medians) / min(medians) - 1 if len(medians) > 1 else None
 
 
@@ -358,7 +392,8 @@ def _effective_stride(trace: LayerTrace) -> list[float | None]:
 
 
 def _identity(record: Mapping[str, Any]) -> str:
-    told = {name: record.get(name) for name in IDENTITY} | {"device": record["device"]["kind"]}
+    device = record["device"]
+    told = {name: record.get(name) for name in IDENTITY} | {"device": device["kind"], "mesh": device["mesh"]}
     return json.dumps(told, sort_keys=True)
 
 

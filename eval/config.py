@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from recycled_jax.distributed import Distributed
+from recycled_jax.mesh import MeshSizes
 from recycled_jax.named import knobs_of
 from recycled_jax.policies import Policy, make_policy
 from recycled_jax.policies.registry import POLICIES
@@ -32,9 +33,11 @@ class EvalConfig:
     that of the file `haystack`.
 
     Batches with one of the first `analysis` questions of a cell are decoded once more, to measure the attention mass on
-    the selections, which reads all keys; another number is another run. `store_input` false keeps a digest of each prompt instead of its text. `fresh`
-    makes new folders beside those that are there instead of going on. `chunk` tokens of a prompt are read at a time.
-    With `distributed` this is one of many processes, which share the examples and the folder `out`.
+    the selections, which reads all keys; another number is another run. `store_input` false keeps a digest of each
+    prompt instead of its text. `fresh` makes new folders beside those that are there instead of going on. `chunk`
+    tokens of a prompt are read at a time. With a `mesh` the model lies on all devices of a process: rows over `data`,
+    heads over `tensor`, and the cache of a row over `sequence`. With `distributed` this is one of many processes, which
+    share the examples and the folder `out`.
     """
 
     out: str = "results"
@@ -58,6 +61,7 @@ class EvalConfig:
     fresh: bool = False
     chunk: int = 512
     implementation: str | None = None
+    mesh: MeshSizes | None = None
     distributed: Distributed | None = None
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from eval.store import RunFolder
 from eval.together import Batches, left, share, told_by_first, wait
 from eval.work import Run, Work
 from recycled_jax.commands.loading import Checkpoint
+from recycled_jax.mesh import check_decoding, make_mesh, rows_together
 
 
 def evaluate(config: EvalConfig) -> int:
@@ -44,10 +45,13 @@ def evaluate(config: EvalConfig) -> int:
                 held.enter_context(run.folder.held())
             return _answered(cells, runs)
 
+        mesh = None if config.mesh is None else make_mesh(config.mesh, jax.local_devices())
+        if mesh is not None:
+            check_decoding(checkpoint.config, mesh, batch=rows_together(mesh))
         done = told_by_first(hold_and_read, (len(runs), sum(cell.examples for cell in cells)))
         missing = left(cells, done, config.batch)
         print(_plan(cells, runs, missing, config.examples), file=sys.stderr)
-        network, params = checkpoint.load(config.dtype)
+        network, params = checkpoint.load(config.dtype, mesh)
         if any(missing.values()):
             _answer(Work(config, network, params, runs), missing)
         wait("answers")
@@ -110,6 +114,7 @@ def _folder(config: EvalConfig, checkpoint: Checkpoint, prompts: Prompts, one: C
         "chunk": config.chunk,
         **({"batch": config.batch} if couples_rows(one.policy) or config.sampling.temperature > 0 else {}),
         **({"seed": config.seed} if config.sampling.temperature > 0 else {}),
+        **({} if config.mesh is None else {"mesh": asdict(config.mesh)}),
         # changes no prediction, but what telemetry says beside it; without it, folders of before keep their names
         **({"analysis": config.analysis} if config.analysis else {}),
     }

@@ -5,6 +5,7 @@ users run, every repeat from the same state: a block donates its state, and what
 timer.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,16 +15,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.stages import Compiled, Wrapped
+from jax.stages import Compiled
 from jaxtyping import Array, Int
 
-from pallas_kernels import KVCache
+from pallas_kernels import KVCache, on_mesh
 from recycled_jax.decode import Params, read_prompts
-from recycled_jax.frame import Dense, FixedStride, LayerTrace, Never, Recycling
+from recycled_jax.frame import Dense, FixedStride, LastQueries, LayerTrace, Never, PromptRecord, Recycling
+from recycled_jax.frame.prompt import DensePrefill
 from recycled_jax.generate import Block, LoopState, pad, run_block, start
+from recycled_jax.layers import for_decoding
 from recycled_jax.model import Llama
 from recycled_jax.policies import Policy
 from recycled_jax.sampling import Sampling
+from recycled_jax.state import model_cache
 
 Clock = Callable[[], float]  # seconds, monotonic
 _ALIGNMENT = 128  # slots; as `generate` rounds capacities
@@ -32,7 +36,7 @@ _ALIGNMENT = 128  # slots; as `generate` rounds capacities
 @dataclass(frozen=True)
 class Repeats:
     """How often things run: `warmups` runs that do not count before `repeats` that do; a decode run is one block of
-    `decode_steps` steps."""
+    `decode_steps` steps. Without `prefill_repeats` nobody reads the prompts: caches are made up of random numbers."""
 
     decode_steps: int
     repeats: int
@@ -47,6 +51,7 @@ class Workload:
 
     model: Llama
     params: Params
+    decoding: Params  # the same, as decode steps read them fastest
     tokens: Int[Array, "batch padded"]  # padded to whole chunks
     lengths: Int[Array, " batch"]
     chunk: int
@@ -58,7 +63,12 @@ class Workload:
         chunk = min(512, max(map(len, prompts)))
         tokens, lengths = pad(prompts, model.config.vocab, chunk)
         endless = model.clone(config=replace(model.config, eos_ids=()))
-        return cls(endless, params, jnp.asarray(tokens), jnp.asarray(lengths), chunk, runs)
+        return cls(endless, params, for_decoding(params), jnp.asarray(tokens), jnp.asarray(lengths), chunk, runs)
+
+    @property
+    def prompts(self) -> tuple[Any, ...]:
+        """What reading them takes."""
+        return self.params, self.tokens, self.lengths, jax.random.key(0)
 
     @property
     def batch(self) -> int:
@@ -75,10 +85,10 @@ class Workload:
 class Measured:
     """What a candidate took, in milliseconds, an entry for each timed run; decoding per step, for the whole batch.
 
-    `full_step_ms` and `recycled_step_ms` are the two kinds of step alone, () where a candidate has none or they cannot
-    be told apart. `trace` is that of a timed block, `[steps, layers, batch]`; None for a peer, which is dense.
-    `peak_memory_bytes`: arguments, outputs and temporaries of the largest program, as the compiler counts them.
-    `details` go into the record as they are.
+    No prefill where caches are made up. `full_step_ms` and `recycled_step_ms` are the two kinds of step alone, () where
+    a candidate has none or they cannot be told apart. `trace` is that of a timed block, `[steps, layers, batch]`; None
+    for a peer, which is dense. `peak_memory_bytes`: arguments, outputs and temporaries of the largest program, as the
+    compiler counts them. `details` go into the record as they are.
     """
 
     prefill_ms: tuple[float, ...]
@@ -103,20 +113,41 @@ class Programs(NamedTuple):
     recycled_step: Compiled | None
 
 
+class State(NamedTuple):
+    """The shapes of a state before the first decode step, and where they lie."""
+
+    leaves: list[jax.ShapeDtypeStruct]
+    structure: Any
+
+
 def prepare(workload: Workload, policy: Policy) -> Candidate:
-    """Compiles the policy's programs, and returns what times them. The prompts are read once on the way."""
-    common = {"policy": policy, "implementation": None}
-    sizes = {"capacity": workload.capacity, "chunk": workload.chunk}
-    prompts = (workload.params, workload.tokens, workload.lengths, jax.random.key(0))
+    """Compiles the policy's programs, and returns what times them."""
+    make = _read_and_begin if workload.runs.prefill_repeats else _make_up_and_begin
+    sizes = {"capacity": workload.capacity, "chunk": workload.chunk, "implementation": None}
+    structures = []
+
+    def first_state(*prompts: Any) -> list[Array]:
+        leaves, structure = jax.tree.flatten(make(workload.model, *prompts, policy=policy, **sizes))
+        structures.append(structure)
+        return leaves
+
     began = time.perf_counter()
-    prefill = _first_state.lower(workload.model, *prompts, **common, **sizes).compile()
+    # In one program, so that the cache becomes the state's without a copy.
+    lowered = jax.jit(first_state).lower(*workload.prompts)
+    prefill = lowered.compile()
     compile_s = time.perf_counter() - began
-    state = jax.block_until_ready(prefill(*prompts))
+    state = State(
+        [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+            for leaf, place in zip(lowered.out_info, prefill.output_shardings, strict=True)
+        ],
+        structures[0],
+    )
     began = time.perf_counter()
     decode = _block(workload, policy, state)
     compile_s += time.perf_counter() - began  # what a user waits for; the steps alone are ours
     kinds = [kind and _block(workload, kind, state) for kind in _kinds_of_step(policy)]
-    return partial(_measure, workload, policy, Programs(prefill, decode, *kinds), compile_s)
+    return partial(_measure, workload, policy, Programs(prefill, decode, *kinds), state.structure, compile_s)
 
 
 def spread(milliseconds: Sequence[float]) -> dict[str, float] | None:
@@ -154,23 +185,48 @@ def _read_and_begin(
     return state
 
 
-# In one program, so that the cache becomes the state's without a copy.
-_first_state: Wrapped = jax.jit(
-    _read_and_begin, static_argnames=("model", "policy", "capacity", "chunk", "implementation")
-)
+def _make_up_and_begin(
+    model: Llama,
+    params: Params,
+    tokens: Int[Array, "batch padded"],
+    lengths: Int[Array, " batch"],
+    key: jax.Array,
+    *,
+    policy: Policy,
+    capacity: int,
+    chunk: int,
+    implementation: str | None,
+) -> LoopState:
+    """As if the prompts had been read, from keys, values and queries of random numbers."""
+    del params, chunk
+    others = [observer for observer in policy.observers if not isinstance(observer, LastQueries)]
+    if others:
+        raise ValueError(f"prefill_repeats=0 makes up caches, but {policy.name!r} needs of the prompts: {others[0]}")
+    keys = map(jax.random.fold_in, itertools.repeat(key), itertools.count())
+    config, sizes = model.config, {"batch": tokens.shape[0], "capacity": capacity, "dtype": model.dtype}
+
+    def random(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape, leaf.dtype), tree)
+
+    watching = tuple(dict.fromkeys((LastQueries(1), *policy.observers)))
+    observed = tuple(random(observer.start(config, **sizes)) for observer in watching)
+    logits = jax.random.normal(next(keys), (tokens.shape[0], config.vocab))
+    record = PromptRecord(lengths, logits, ((), *observed), (DensePrefill(), *watching), config)
+    cache = on_mesh(random(model_cache(config, **sizes, implementation=implementation)))
+    options = {"policy": policy, "sampling": Sampling(), "implementation": implementation}
+    return start(model, cache, record, key, **options)[0]
 
 
-def _block(workload: Workload, policy: Policy, state: LoopState) -> Compiled:
+def _block(workload: Workload, policy: Policy, state: State) -> Compiled:
     """`run_block` of the workload's steps: `program(params, leaves of the state, limit)`."""
     steps = workload.runs.decode_steps
     options = {"sampling": Sampling(), "steps": steps, "stride": None, "coverage": False, "implementation": None}
-    leaves, structure = jax.tree.flatten(state)
 
     def run(params: Params, leaves: list[Array], limit: Int[Array, ""]) -> tuple[LoopState, Block]:
-        state = jax.tree.unflatten(structure, leaves)
-        return run_block(workload.model, params, state, limit, policy=policy, **options)
+        before = jax.tree.unflatten(state.structure, leaves)
+        return run_block(workload.model, params, before, limit, policy=policy, **options)
 
-    return jax.jit(run, donate_argnames="leaves").lower(workload.params, leaves, jnp.int32(steps)).compile()
+    return jax.jit(run, donate_argnames="leaves").lower(workload.decoding, state.leaves, jnp.int32(steps)).compile()
 
 
 def _kinds_of_step(policy: Policy) -> tuple[Policy | None, Policy | None]:
@@ -184,15 +240,18 @@ def _kinds_of_step(policy: Policy) -> tuple[Policy | None, Policy | None]:
     )
 
 
-def _measure(workload: Workload, policy: Policy, programs: Programs, compile_s: float, clock: Clock) -> Measured:
-    runs = workload.runs
-    prompts = (workload.params, workload.tokens, workload.lengths, jax.random.key(0))
+def _measure(
+    workload: Workload, policy: Policy, programs: Programs, structure: Any, compile_s: float, clock: Clock
+) -> Measured:
+    runs, prompts = workload.runs, workload.prompts
     prefill_ms, state = [], None
-    for _ in range(runs.prefill_warmups + runs.prefill_repeats):
+    for _ in range(runs.prefill_warmups + runs.prefill_repeats or 1):
         state = None  # the last run's cache goes before the next is made
         started = clock()
-        state = jax.block_until_ready(programs.prefill(*prompts))
+        leaves = jax.block_until_ready(programs.prefill(*prompts))
         prefill_ms.append(1e3 * (clock() - started))
+        state = jax.tree.unflatten(structure, leaves)
+        del leaves
     assert state is not None
     first, cache = _all_but_cache(state), state.decode.cache
     del state
@@ -207,7 +266,7 @@ def _measure(workload: Workload, policy: Policy, programs: Programs, compile_s: 
     elif isinstance(policy.method, Recycling):  # whose schedule never refreshes
         recycled_ms = decode_ms
     return Measured(
-        tuple(prefill_ms[runs.prefill_warmups :]),
+        tuple(prefill_ms[runs.prefill_warmups :]) if runs.prefill_repeats else (),
         decode_ms,
         full_ms,
         recycled_ms,
@@ -227,7 +286,7 @@ def _time_block(
         leaves = jax.block_until_ready(jax.tree.leaves(_with_cache(_copy(first), cache)))
         with jax.transfer_guard("disallow"):
             started = clock()
-            state, block = jax.block_until_ready(program(workload.params, leaves, limit))
+            state, block = jax.block_until_ready(program(workload.decoding, leaves, limit))
             milliseconds.append(1e3 * (clock() - started) / runs.decode_steps)
         cache = state.decode.cache
     assert block is not None

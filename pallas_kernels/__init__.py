@@ -28,8 +28,10 @@ over batch and kv heads; outside of one, None means "xla" there. Query head h us
 group = query_heads // kv_heads. Differentiable are causal_attention and selection_attention.
 """
 
-from pallas_kernels.cache import HeadMajor, KVCache, TokenMajor, empty_cache, from_heads
-from pallas_kernels.dispatch import interpreted, preferred_layout
+from pallas_kernels.cache import HeadMajor, KVCache, PerLayer, TokenMajor, empty_cache, from_heads
+from pallas_kernels.dispatch import for_decoding, interpreted, layers_are_copied, preferred_layout
+from pallas_kernels.divided import Divided, on_mesh
+from pallas_kernels.int8_cache import Int8HeadMajor
 from pallas_kernels.ops.causal_attention.api import causal_attention
 from pallas_kernels.ops.chunk_scores.api import chunk_scores
 from pallas_kernels.ops.decode_attention.api import decode_attention
@@ -43,17 +45,23 @@ from pallas_kernels.ops.selection_attention.api import selection_attention
 from pallas_kernels.ops.token_scores.api import token_scores
 
 __all__ = [
+    "Divided",
     "HeadMajor",
+    "Int8HeadMajor",
     "KVCache",
+    "PerLayer",
     "TokenMajor",
     "causal_attention",
     "chunk_scores",
     "decode_attention",
     "empty_cache",
+    "for_decoding",
     "from_heads",
     "gather_attention",
     "gather_selection",
     "interpreted",
+    "layers_are_copied",
+    "on_mesh",
     "page_bounds",
     "page_scores",
     "preferred_layout",

@@ -1,4 +1,4 @@
-"""The KV cache in two layouts, behind one small set of functions; every operation takes either.
+"""The KV cache in three layouts, behind one small set of functions; every operation takes any of them.
 
 `HeadMajor` is what XLA reads fastest on CPU and GPU: all tokens of a head are contiguous, so a step is one batched
 product over the cache as it lies. (32,768 tokens, 8 kv heads, head_dim 64, float32, 2 CPU cores: 27 ms a layer, against
@@ -9,20 +9,22 @@ memory, so one DMA appends a token or fetches a selected one, and keys can be st
 lanes wide; head_dim 64 packs two heads into a row, where head-major storage would pad each to twice its bytes.
 
 Both hold a stack of layers, of which an operation reads one. Passing the stack and an index, not a slice, is what keeps
-a layer's cache from being copied before every kernel.
+a layer's cache from being copied before every kernel. XLA's products on a CPU copy it all the same, three times the
+bytes of a decode step; `PerLayer` is for them: head-major, every layer an array of its own.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-Layout = Literal["head_major", "token_major"]
+Layout = Literal["head_major", "token_major", "per_layer"]
 LANES = 128
 
 
@@ -57,7 +59,7 @@ class KVCache(ABC):
 
     @abstractmethod
     def empty_like(self, *, capacity: int) -> "KVCache":
-        """A cache of zeros of another capacity, otherwise like this one."""
+        """Zeros of another capacity, for tokens of this one: like it, but in the dtype in which it is read."""
 
     @abstractmethod
     def keys(self, layer: int | Int[Array, ""]) -> Float[Array, "batch kv_heads capacity head_dim"]:
@@ -72,6 +74,12 @@ class KVCache(ABC):
         self, layer: int | Int[Array, ""], start: int | Int[Array, ""], size: int
     ) -> tuple[Float[Array, "batch kv_heads {size} head_dim"], Float[Array, "batch kv_heads {size} head_dim"]]:
         """The keys and values in `size` slots of one layer from `start` on, which must all exist."""
+
+    @abstractmethod
+    def gather(
+        self, layer: int | Int[Array, ""], slots: Int[Array, "batch kv_heads count"]
+    ) -> tuple[Float[Array, "batch kv_heads count head_dim"], Float[Array, "batch kv_heads count head_dim"]]:
+        """The keys and values in some slots of one layer; one that does not exist reads another that does."""
 
     @abstractmethod
     def append(
@@ -93,8 +101,14 @@ class KVCache(ABC):
     ) -> "KVCache":
         """Consecutive tokens written to the slots from `start` on, which must all exist."""
 
+    def as_read(
+        self, k: Float[Array, "*shape head_dim"], v: Float[Array, "*shape head_dim"]
+    ) -> tuple[Float[Array, "*shape head_dim"], Float[Array, "*shape head_dim"]]:
+        """What is read of keys and values that were written."""
+        return k.astype(self.dtype), v.astype(self.dtype)
 
-def _pytree[Cache: type](cls: Cache) -> Cache:
+
+def register[Cache: type](cls: Cache) -> Cache:
     """Registers a dataclass; unflattening checks nothing, for a tree of caches may hold shardings, shapes, anything."""
     data = [field.name for field in fields(cls) if not field.metadata.get("static")]
     static = [field.name for field in fields(cls) if field.metadata.get("static")]
@@ -112,7 +126,7 @@ def _pytree[Cache: type](cls: Cache) -> Cache:
     return cls
 
 
-@_pytree
+@register
 @dataclass(frozen=True)
 class HeadMajor(KVCache):
     """Keys and values apart, the tokens of a head together."""
@@ -143,6 +157,13 @@ class HeadMajor(KVCache):
         k, v = (lax.dynamic_slice(stack, (layer, 0, 0, start, 0), shape)[0] for stack in (self.k, self.v))
         return k, v
 
+    def gather(self, layer, slots):
+        # Straight from the stack: of a slice of it, XLA would copy the whole layer first. The default mode would
+        # compare every slot with the bounds once more, to write NaN where it lies outside.
+        rows, heads = jnp.arange(self.batch)[:, None, None], jnp.arange(self.kv_heads)[None, :, None]
+        k, v = (stack.at[layer, rows, heads, slots].get(mode="clip") for stack in (self.k, self.v))
+        return k, v
+
     def append(self, layer, slots, k, v):
         rows = jnp.arange(self.batch)
         return HeadMajor(
@@ -162,7 +183,76 @@ class HeadMajor(KVCache):
         )
 
 
-@_pytree
+@register
+@dataclass(frozen=True)
+class PerLayer(KVCache):
+    """`HeadMajor` with an array for each layer. Layers are named by Python's ints: loops over them are unrolled."""
+
+    k: tuple[Float[Array, "batch kv_heads capacity head_dim"], ...]
+    v: tuple[Float[Array, "batch kv_heads capacity head_dim"], ...]
+
+    @classmethod
+    def of(cls, stack: HeadMajor) -> "PerLayer":
+        """The layers of a stack, copied."""
+        layers = range(stack.layers)
+        return cls(tuple(stack.k[layer] for layer in layers), tuple(stack.v[layer] for layer in layers))
+
+    @property
+    def shape(self):
+        return CacheShape(len(self.k), *self.k[0].shape)
+
+    @property
+    def dtype(self):
+        return self.k[0].dtype
+
+    def empty_like(self, *, capacity):
+        shape = (*self.k[0].shape[:2], capacity, self.head_dim)
+        k, v = (tuple(jnp.zeros(shape, self.dtype) for _ in self.k) for _ in "kv")
+        return PerLayer(k, v)
+
+    def keys(self, layer):
+        return self.k[layer]
+
+    def values(self, layer):
+        return self.v[layer]
+
+    def block(self, layer, start, size):
+        return self._alone(layer).block(0, start, size)
+
+    def gather(self, layer, slots):
+        return self._alone(layer).gather(0, slots)
+
+    def append(self, layer, slots, k, v):
+        rows = jnp.arange(self.batch)
+        return self._with(
+            layer,
+            *(
+                stored.at[rows, :, slots].set(token.astype(stored.dtype), mode="drop")
+                for stored, token in ((self.k[layer], k), (self.v[layer], v))
+            ),
+        )
+
+    def write(self, layer, start, k, v):
+        return self._with(
+            layer,
+            *(
+                lax.dynamic_update_slice(stored, tokens.astype(stored.dtype), (0, 0, start, 0))
+                for stored, tokens in ((self.k[layer], k), (self.v[layer], v))
+            ),
+        )
+
+    def _alone(self, layer: Any) -> HeadMajor:
+        return HeadMajor(self.k[layer][None], self.v[layer][None])
+
+    def _with(self, layer: Any, k: jax.Array, v: jax.Array) -> "PerLayer":
+        # Or XLA writes the token twice, once for who reads the layer now and once for the next step, in copies.
+        k, v = lax.optimization_barrier((k, v))
+        return PerLayer(
+            *((*old[:layer], new, *old[layer + 1 :]) for old, new in ((self.k, k), (self.v, v))),
+        )
+
+
+@register
 @dataclass(frozen=True)
 class TokenMajor(KVCache):
     """All of a token together: its keys, then its values. `lanes = pack * head_dim` and `rows = kv_heads / pack`.
@@ -197,6 +287,11 @@ class TokenMajor(KVCache):
         tokens = lax.dynamic_slice(self.kv, (layer, 0, start, 0, 0, 0), shape)[0]
         return self._heads(tokens[:, :, 0]), self._heads(tokens[:, :, 1])
 
+    def gather(self, layer, slots):
+        at = slots[..., None]
+        k, v = (jnp.take_along_axis(x, at, axis=2, mode="clip") for x in (self.keys(layer), self.values(layer)))
+        return k, v
+
     def _heads(self, tokens):
         return jnp.swapaxes(tokens.reshape(*tokens.shape[:2], self.kv_heads, self.head_dim), 1, 2)
 
@@ -215,9 +310,10 @@ def empty_cache(
     layout: Layout, *, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: DTypeLike
 ) -> KVCache:
     """A cache of zeros."""
-    if layout == "head_major":
+    if layout != "token_major":
         shape = (layers, batch, kv_heads, capacity, head_dim)
-        return HeadMajor(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        stack = HeadMajor(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return stack if layout == "head_major" else PerLayer.of(stack)
     pack = heads_per_row(kv_heads, head_dim)
     shape = (layers, batch, capacity, 2, kv_heads // pack, pack * head_dim)
     return TokenMajor(jnp.zeros(shape, dtype), pack)
@@ -231,6 +327,8 @@ def from_heads(
     """A cache of one layer that holds these keys and values, slot by slot."""
     if layout == "head_major":
         return HeadMajor(k[None], v[None])
+    if layout == "per_layer":
+        return PerLayer((k,), (v,))
     batch, kv_heads, capacity, head_dim = k.shape
     pack = heads_per_row(kv_heads, head_dim)
     tokens = jnp.stack([jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)], axis=2)

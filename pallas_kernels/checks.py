@@ -11,7 +11,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from pallas_kernels.cache import HeadMajor, KVCache, TokenMajor
+from pallas_kernels.cache import HeadMajor, KVCache, PerLayer, TokenMajor
+from pallas_kernels.divided import Divided
+from pallas_kernels.int8_cache import Int8HeadMajor
 
 GROUP_REDUCTIONS = ("max", "mean", "sum")
 PER_QUERY_HEAD = "none"  # no reduction
@@ -19,7 +21,20 @@ PER_QUERY_HEAD = "none"  # no reduction
 
 def check_cache(cache: Any, layer: int | Int[Array, ""], *, name: str = "cache") -> None:
     """The arrays of a cache fit each other and it has the layer."""
-    if isinstance(cache, HeadMajor):
+    if isinstance(cache, Divided):
+        return check_cache(cache.whole, layer, name=name)
+    if isinstance(cache, PerLayer):
+        if not isinstance(layer, int):
+            kind = type(layer).__name__
+            raise ValueError(f"layer is a {kind}; expected an int, which names a layer of a PerLayer {name}")
+        if len(cache.k) != len(cache.v) or not cache.k:
+            raise ValueError(f"{name} has {len(cache.k)} layers of keys and {len(cache.v)} of values; expected as many")
+        kinds = sorted({f"{x.dtype}{list(x.shape)}" for x in (*cache.k, *cache.v)})
+        if len(kinds) != 1 or cache.k[0].ndim != 4:
+            raise ValueError(
+                f"{name} has layers of {', '.join(kinds)}; expected one shape, [batch, kv_heads, capacity, head_dim]"
+            )
+    elif isinstance(cache, HeadMajor):
         if cache.k.ndim != 5:
             raise ValueError(
                 f"{name}.k has shape {cache.k.shape}; expected [layers, batch, kv_heads, capacity, head_dim]"
@@ -30,6 +45,13 @@ def check_cache(cache: Any, layer: int | Int[Array, ""], *, name: str = "cache")
             raise ValueError(
                 f"{name}.k has shape {cache.k.shape} and {name}.v has shape {cache.v.shape}; expected equal shapes"
             )
+    elif isinstance(cache, Int8HeadMajor):
+        kinds = [f"{x.dtype}{list(x.shape)}" for x in (cache.k, cache.v, cache.k_scales, cache.v_scales)]
+        if cache.k.ndim != 5 or kinds != [f"int8{list(cache.k.shape)}"] * 2 + [f"float32{list(cache.k.shape[:4])}"] * 2:
+            raise ValueError(
+                f"{name} has k, v and their scales of {', '.join(kinds)}; expected int8 of one shape, [layers, batch, "
+                "kv_heads, capacity, head_dim], and float32 of the same without head_dim"
+            )
     elif isinstance(cache, TokenMajor):
         shape = cache.kv.shape
         if len(shape) != 6 or shape[3] != 2 or shape[5] % cache.pack:
@@ -38,7 +60,7 @@ def check_cache(cache: Any, layer: int | Int[Array, ""], *, name: str = "cache")
                 f"multiple of pack={cache.pack}"
             )
     else:
-        raise ValueError(f"{name} is a {type(cache).__name__}; expected HeadMajor or TokenMajor")
+        raise ValueError(f"{name} is a {type(cache).__name__}; expected a KVCache")
     check_values("layer", layer, 0, cache.layers - 1)
 
 

@@ -2,16 +2,22 @@
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.cache import Layout
+from pallas_kernels.cache import HeadMajor, KVCache, Layout, PerLayer
+from pallas_kernels.divided import Divided
+from pallas_kernels.mesh import devices, on_rows_and_heads, parts
 
 # Names tried in this order when the caller names none; a name that an operation's table lacks is skipped.
 AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("pallas_tpu", "xla")}
+
+# Of a layer; a smaller one stays in the processor's cache, where a copy costs less than compiling unrolled layers.
+APART_BYTES = 1 << 20
 
 _INTERPRETED = contextvars.ContextVar("pallas_kernels interpreted", default=False)
 
@@ -42,22 +48,35 @@ def platform() -> str:
 
 
 def kernels_by_default() -> bool:
-    """Whether TPU kernels run when nobody names an implementation: in a program for one TPU, or in a `shard_map`.
+    """Whether TPU kernels run when nobody names an implementation.
 
-    The compiler cannot partition a kernel over devices by itself, as it does with the rest of a program.
+    Not where slots are divided over the mesh in use; and without a mesh on one TPU only, for the compiler cannot
+    partition a kernel over devices by itself, as it does with the rest of a program.
     """
-    if platform() != "tpu":
-        return False
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.manual_axes:
-        return True
-    return (jax.device_count() if mesh.empty else mesh.size) == 1
+    alone = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+    return platform() == "tpu" and parts() == 1 and alone
 
 
 def preferred_layout(implementation: str | None) -> Layout:
     """The layout of the cache that `implementation` reads fastest: the TPU kernels take none but their own."""
     on_kernels = implementation == "pallas_tpu" or (implementation is None and kernels_by_default())
     return "token_major" if on_kernels else "head_major"
+
+
+def for_decoding(cache: KVCache) -> KVCache:
+    """`cache` as decode steps read it fastest: where they would copy layers of a stack, these are copied apart once."""
+    return PerLayer.of(cache) if isinstance(cache, HeadMajor) and layers_are_copied(cache) else cache
+
+
+def layers_are_copied(cache: KVCache) -> bool:
+    """Whether XLA's products copy a layer of `cache` before they read it, and the layer is large enough to care."""
+    large = (cache.k.nbytes + cache.v.nbytes) // cache.layers >= APART_BYTES if isinstance(cache, HeadMajor) else False
+    return alone_on_cpu() and large
+
+
+def alone_on_cpu() -> bool:
+    """Whether the program is for a CPU, and for no mesh of them."""
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().empty
 
 
 def run(
@@ -78,6 +97,24 @@ def run(
         NotImplementedError: the named implementation declines or cannot run here, or every automatic choice does (all
             reasons are given).
     """
+    if any(isinstance(argument, Divided) for argument in args):
+        if "divided" not in implementations or implementation not in (None, "xla"):
+            raise NotImplementedError(f"{implementation=} of {operation} takes no cache divided over a mesh")
+        implementation = "divided"
+    elif platform() == "tpu" and devices() > 1:
+        on_device = functools.partial(_run_here, operation, implementations, implementation)
+        return on_rows_and_heads(on_device, args, kwargs, all_heads=kwargs.get("shared") is not None)
+    return _run_here(operation, implementations, implementation, *args, **kwargs)
+
+
+def _run_here(
+    operation: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    implementation: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`run` with what this device has of the arguments."""
     if implementation is not None:
         if implementation not in implementations:
             valid = ", ".join(sorted(implementations))

@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "Hide facts in a long text, ask for them, and compare policies on the embedded model.",
     "generate": "Continue one prompt on the terminal, or many from a JSONL file.",
     "convert": "Convert a checkpoint, Hugging Face to orbax or back.",
+    "plan": "Compile a model for a TPU slice, without one: memory, floors, the largest batch.",
     "policies": "List the policies, or explain one.",
     "lm-eval": "Run lm-evaluation-harness with the model `recycled_jax` in it; all flags are the harness's.",
 }

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from pallas_kernels import prefill_attention
 from recycled_jax import rope
 from recycled_jax.decode import Params
+from recycled_jax.layers import through, weights_of
 from recycled_jax.model import Llama, attention_inputs, attention_output, embed, mlp
 from recycled_jax.state import DecodeState
 
@@ -52,9 +53,9 @@ def correct(
     written = jnp.where(counted, slots, cache.capacity)  # past the end: nothing is written
     angles = rope.angles(config, slots)
 
-    def layer_step(carry, inputs):
+    def layer_step(carry, layer):
         x, cache = carry
-        w, layer = inputs
+        w = weights_of(weights["layers"], layer)
         q, k, v = attention_inputs(w, config, x)
         q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
 
@@ -68,7 +69,7 @@ def correct(
         return (x, cache), None
 
     x = embed(weights, jnp.where(counted, ids, 0), model.dtype)
-    (_, cache), _ = lax.scan(layer_step, (x, cache), (weights["layers"], jnp.arange(config.layers)))
+    (_, cache), _ = through(layer_step, (x, cache), range(config.layers), weights["layers"])
     return DecodeState(cache, state.lengths, state.step, state.kept)
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import decode_attention, token_scores
+from pallas_kernels import KVCache, decode_attention, for_decoding, token_scores
+from pallas_kernels.mesh import everywhere
 from recycled_jax import rope
 from recycled_jax.frame.layer_plan import Role
 from recycled_jax.frame.method import Here, LayerTrace, StepKind, Token, dense_trace
@@ -24,10 +25,12 @@ from recycled_jax.frame.prompt import (
     Prefilled,
     PromptChunk,
     PromptRecord,
+    observe_rows,
 )
+from recycled_jax.layers import through, weights_of
 from recycled_jax.model import Llama, attention_inputs, attention_output, embed, logits, mlp
 from recycled_jax.policies import Policy
-from recycled_jax.state import DecodeState, model_cache
+from recycled_jax.state import CacheDtype, DecodeState, model_cache
 
 Params = Mapping
 
@@ -42,6 +45,7 @@ def read_prompts(
     chunk: int = 512,
     prefill: PrefillAttention | None = None,
     observers: Sequence[Observer] = (),
+    cache_dtype: CacheDtype | None = None,
     implementation: str | None = None,
 ) -> Prefilled:
     """Runs the prompts through the model and fills the cache.
@@ -50,59 +54,106 @@ def read_prompts(
     goes through in pieces of `chunk` tokens, so no matrix of tokens × tokens exists. `capacity` is the number of
     slots per row of the cache and must hold the padded prompt. `prefill` is how prompts attend (default: to
     everything); `observers` are those of the policies that will go on from here (`Policy.observers`), beside the last
-    query, which is always kept.
+    query, which is always kept. `cache_dtype` is how the cache is stored, if not in the dtype of computation.
     """
-    config, weights = model.config, params["params"]
-    batch, padded = tokens.shape
-    if padded % chunk or padded > capacity:
-        raise ValueError(f"tokens has {padded} columns, expected a multiple of chunk={chunk} within {capacity=}")
+    config, batch = model.config, tokens.shape[0]
+    if tokens.shape[1] % chunk or tokens.shape[1] > capacity:
+        raise ValueError(
+            f"tokens has {tokens.shape[1]} columns, expected a multiple of chunk={chunk} within {capacity=}"
+        )
     prefill = DensePrefill() if prefill is None else prefill
     prefill.check(config, chunk)
     watching = tuple(dict.fromkeys((LastQueries(1), *observers)))
-    rows = jnp.arange(batch)
+    sizes = {"batch": batch, "capacity": capacity, "dtype": model.dtype}
+    observed = (prefill.start(config, **sizes), *(observer.start(config, **sizes) for observer in watching))
+    nothing, no_logits = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, config.vocab), jnp.float32)
+    record = PromptRecord(nothing, no_logits, observed, (prefill, *watching), config)
+    cache = model_cache(config, **sizes, implementation=implementation, cache_dtype=cache_dtype)
+    empty = Prefilled(cache, record)
+    return read_on(model, params, empty, tokens, lengths, first=0, chunk=chunk, implementation=implementation)
+
+
+def read_on(
+    model: Llama,
+    params: Params,
+    prefilled: Prefilled,
+    tokens: Int[Array, "batch tokens"],
+    counts: Int[Array, " batch"],
+    *,
+    first: int | Int[Array, ""] | Int[Array, " batch"],
+    chunk: int,
+    implementation: str | None = None,
+) -> Prefilled:
+    """What has been read, with `counts` (at least 1) more tokens in every row; those read before are not touched.
+
+    `tokens` are padded on the right to a multiple of `chunk`. `first` is the slot of the first of them: the rows'
+    lengths, or one number where these are equal, and then every chunk must end within the capacity; otherwise, of each
+    row, those that hold a token. What observers kept must have been told of the new tokens (`Observer.resume`).
+    """
+    config, weights, record = model.config, params["params"], prefilled.prompts
+    batch, padded = tokens.shape
+    rows, lengths = jnp.arange(batch), first + counts
+    prefill, watching = record.prefill, [way for way in record.observers if isinstance(way, Observer)]
+    by_row = jnp.ndim(first) > 0
 
     def read_chunk(index, carry):
         cache, last, carried, seen = carry
-        start = index * chunk
-        piece = lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
-        angles = rope.angles(config, (start + jnp.arange(chunk, dtype=jnp.int32))[None, :])
+        start = first + index * chunk
+        piece = lax.dynamic_slice_in_dim(tokens, index * chunk, chunk, axis=1)
+        angles = rope.angles(config, jnp.reshape(start, (-1, 1)) + jnp.arange(chunk, dtype=jnp.int32)[None, :])
 
-        def layer_step(carry, inputs):
+        def layer_step(carry, layer):
             x, cache, carried, handed, seen = carry
-            w, layer = inputs
+            w = weights_of(weights["layers"], layer)
             bare_q, k, v = attention_inputs(w, config, x)
             q, k = rope.rotate(bare_q, *angles), rope.rotate(k, *angles)
-            cache = cache.write(layer, start, k, v)
+            cache = _write_rows(cache, layer, start, k, v) if by_row else cache.write(layer, start, k, v)
             here = PromptChunk(layer, start, lengths, bare_q, q, k, v, implementation)
             attended, carried, handed = prefill.attend(carried, handed, here, cache)
-            seen = tuple(o.observe(s, here, cache) for o, s in zip(watching, seen, strict=True))
+            seen = tuple(
+                observe_rows(o, s, here, cache) if by_row else o.observe(s, here, cache)
+                for o, s in zip(watching, seen, strict=True)
+            )
             x = x + attention_output(w, attended)
             x = x + mlp(w, config, x)
             return (x, cache, carried, handed, seen), None
 
         x = embed(weights, piece, model.dtype)
-        handed = prefill.before_layers(config, batch=batch, capacity=capacity, chunk=chunk)
+        handed = prefill.before_layers(config, batch=batch, capacity=cache.capacity, chunk=chunk)
         carry = (x, cache, carried, handed, seen)
-        (x, cache, carried, _, seen), _ = lax.scan(layer_step, carry, (weights["layers"], jnp.arange(config.layers)))
-        column = jnp.clip(lengths - 1 - start, 0, chunk - 1)
-        ends_here = (lengths - 1) // chunk == index
-        last = jnp.where(ends_here[:, None], x[rows, column], last)
+        (x, cache, carried, _, seen), _ = through(layer_step, carry, range(config.layers), weights["layers"])
+        column = lengths - 1 - start
+        ends_here = (column >= 0) & (column < chunk)
+        last = jnp.where(ends_here[:, None], x[rows, jnp.clip(column, 0, chunk - 1)], last)
         return cache, last, carried, seen
 
-    sizes = {"batch": batch, "capacity": capacity, "dtype": model.dtype}
-    cache = model_cache(config, **sizes, implementation=implementation)
     last = jnp.zeros((batch, config.embed), model.dtype)
-    carry = (cache, last, prefill.start(config, **sizes), tuple(o.start(config, **sizes) for o in watching))
+    carry = (prefilled.cache, last, record.seen(prefill), tuple(record.seen(observer) for observer in watching))
     with jax.named_scope("prefill"):
         cache, last, carried, seen = lax.fori_loop(0, padded // chunk, read_chunk, carry)
     end = logits(weights, config, last[:, None])[:, 0]
-    return Prefilled(cache, PromptRecord(lengths, end, (carried, *seen), (prefill, *watching), config))
+    return Prefilled(cache, PromptRecord(everywhere(lengths), end, (carried, *seen), (prefill, *watching), config))
+
+
+def _write_rows(
+    cache: KVCache,
+    layer: Int[Array, ""] | int,
+    start: Int[Array, " batch"],
+    k: Float[Array, "batch kv_heads tokens head_dim"],
+    v: Float[Array, "batch kv_heads tokens head_dim"],
+) -> KVCache:
+    """`KVCache.write` from another slot on in every row; what would stand past the end is not written."""
+
+    def append(column, cache):
+        return cache.append(layer, start + column, k[:, :, column], v[:, :, column])
+
+    return lax.fori_loop(0, k.shape[2], append, cache)
 
 
 def begin(policy: Policy, prefilled: Prefilled, *, implementation: str | None = None) -> DecodeState:
     """The state before the first decode step, with what the policy's method keeps, a first selection for instance."""
     kept = policy.method.begin(prefilled, implementation=implementation)
-    cache = prefilled.cache if policy.method.keeps_cache else None
+    cache = for_decoding(prefilled.cache) if policy.method.keeps_cache else None
     return DecodeState(cache, prefilled.prompts.lengths, jnp.zeros((), jnp.int32), kept)
 
 
@@ -160,7 +211,7 @@ def decode_step(
 
     def layer_step(carry, layer, role: Role):
         x, cache, kept, handed = carry
-        w = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, layer, keepdims=False), weights["layers"])
+        w = weights_of(weights["layers"], layer)
         bare_q, k, v = attention_inputs(w, config, x)
         q, k = rope.rotate(bare_q, *angles), rope.rotate(k, *angles)
         present = Token(*(heads[:, :, 0] for heads in (bare_q, q, k, v)))
@@ -170,6 +221,8 @@ def decode_step(
             # writes nothing.
             slots = jnp.where(active, state.lengths, cache.capacity)
             cache = cache.append(layer, slots, present.k, present.v)
+            k, v = cache.as_read(present.k, present.v)  # whoever keeps the token keeps what the cache has
+            present = present._replace(k=k, v=v)
         if role == "dense":
             with jax.named_scope("attention/full"):
                 assert cache is not None  # a method with dense layers keeps it
@@ -187,8 +240,7 @@ def decode_step(
     carry = (x, state.cache, state.kept, method.before_layers(state.kept, state.cache))
     traces = []
     for role, run in method.runs(config.layers):
-        # over numbers, not over slices of the weights: a slice of the stack would be copied
-        carry, trace = lax.scan(functools.partial(layer_step, role=role), carry, jnp.arange(run.start, run.stop))
+        carry, trace = through(functools.partial(layer_step, role=role), carry, run, weights["layers"])
         traces.append(trace)
     x, cache, kept, _ = carry
     trace = jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces)

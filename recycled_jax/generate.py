@@ -13,15 +13,19 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import KVCache
+from pallas_kernels import KVCache, layers_are_copied
+from pallas_kernels.mesh import everywhere, parts
 from recycled_jax.correction import Uncorrected, correct
 from recycled_jax.decode import Params, begin, decode_step, read_prompts
 from recycled_jax.feeding import feed
 from recycled_jax.frame import FixedStride, LayerTrace, PrefillAttention, Prefilled, PromptRecord, Recycling
+from recycled_jax.layers import for_decoding
+from recycled_jax.mesh import check_decoding
 from recycled_jax.model import Llama
 from recycled_jax.policies import Policy
 from recycled_jax.sampling import Sampling, sample
-from recycled_jax.state import DecodeState
+from recycled_jax.sharding import on_its_mesh
+from recycled_jax.state import CacheDtype, DecodeState
 from recycled_jax.telemetry import Telemetry
 
 # `cond`: every step asks the schedule. `nested`: for a fixed stride, S - 1 recycled steps and a refresh as loops, with
@@ -63,6 +67,7 @@ class Generation:
     decode_seconds: float
 
 
+@on_its_mesh
 def generate(
     model: Llama,
     params: Params,
@@ -78,6 +83,7 @@ def generate(
     fed: Sequence[Sequence[int]] | None = None,
     coverage: bool = False,
     block: int = 64,
+    cache_dtype: CacheDtype | None = None,
     implementation: str | None = None,
     on_block: Callable[[list[list[int]]], bool | None] | None = None,
 ) -> Generation:
@@ -87,7 +93,8 @@ def generate(
     from one prefill. (Its cache is copied, so there are two; `prefill_seconds` covers the first selection only.)
     `fed` are tokens that follow each prompt before anything is generated: a question that is read with what the policy
     has kept of the prompt (`feeding`). Their steps are not traced, their seconds count as prefill's.
-    `capacity` and `chunk` (default 512) are those of `read`. `block` decode steps run on the device between two looks
+    `capacity`, `chunk` (default 512) and `cache_dtype` are those of `read`; bytes are counted in the dtype of
+    computation, whatever the cache is stored in. `block` decode steps run on the device between two looks
     of the host; after each, `on_block` gets the tokens every row has gained, and may end the generation by answering
     True. `coverage` records the attention mass on the selections, which reads all keys: not for timing. Greedy unless
     `sampling` says otherwise; a sampled row draws by its place in the batch.
@@ -113,20 +120,27 @@ def generate(
         raise ValueError(f"fed has {len(fed)} rows, expected {_rows(prompts)}, one for each prompt")
     room = max_new_tokens + max((len(row) for row in fed or ()), default=0)
 
+    if model.mesh is not None:
+        check_decoding(model.config, model.mesh, batch=_rows(prompts))
     started = time.perf_counter()
     if isinstance(prompts, Prefilled):
         if capacity is not None or chunk is not None:
             raise ValueError(f"capacity={capacity} and chunk={chunk} belong to prompts that are still to be read")
+        if cache_dtype is not None:
+            raise ValueError(f"{cache_dtype=} belongs to prompts that are still to be read")
         prefilled, begin_loop = prompts, start
         _check_capacity(prefilled.cache.capacity, int(prefilled.prompts.lengths.max()), room)
     else:
-        options = {"capacity": capacity, "chunk": 512 if chunk is None else chunk, "implementation": implementation}
+        options = {"capacity": capacity, "cache_dtype": cache_dtype, "implementation": implementation}
+        options["chunk"] = 512 if chunk is None else chunk
         prefilled = read(model, params, prompts, policies=[policy], max_new_tokens=room, **options)
-        begin_loop = _start_donating if policy.method.keeps_cache else start
+        reused = policy.method.keeps_cache and not layers_are_copied(prefilled.cache)
+        begin_loop = _start_donating if reused else start
     lengths = np.asarray(prefilled.prompts.lengths)
     static = {"policy": policy, "sampling": sampling, "implementation": implementation}
     state, first = begin_loop(model, prefilled.cache, prefilled.prompts, jax.random.key(seed), **static)
     del prefilled  # donated, unless it is the caller's
+    params = for_decoding(params)
     if fed is not None:
         state, first = _feed(model, params, state, fed, **static)
         lengths = lengths + np.array([len(row) for row in fed], np.int32)
@@ -170,6 +184,7 @@ def generate(
     )
 
 
+@on_its_mesh
 def read(
     model: Llama,
     params: Params,
@@ -179,6 +194,7 @@ def read(
     policies: Sequence[Policy] = (),
     capacity: int | None = None,
     chunk: int = 512,
+    cache_dtype: CacheDtype | None = None,
     implementation: str | None = None,
 ) -> Prefilled:
     """Runs the prompts through the model, `chunk` tokens at a time, and keeps room for `max_new_tokens` more.
@@ -186,14 +202,17 @@ def read(
     `policies` are those that will go on from here, which must read prompts alike; those that begin with the last
     query of a prompt and its keys, as most do, need not be named.
     `capacity` is the number of cache slots per row (default: what prompt and answer need), rounded up to a multiple of
-    128 and to where the last chunk of the longest prompt ends. Raises ValueError as `generate` does.
+    128 and to where the last chunk of the longest prompt ends. `cache_dtype` "int8" stores keys and values with a
+    scale per token and kv head, in half of bfloat16's bytes; None in the dtype of computation. Raises ValueError as
+    `generate` does.
     """
     _at_least_one("chunk", chunk)
     tokens, lengths = pad(prompts, model.config.vocab, chunk)
     if capacity is None:
         capacity = int(lengths.max()) + max_new_tokens
     _check_capacity(capacity, int(lengths.max()), max_new_tokens)
-    capacity = -(-max(capacity, tokens.shape[1]) // _ALIGNMENT) * _ALIGNMENT
+    alignment = _ALIGNMENT * parts()
+    capacity = -(-max(capacity, tokens.shape[1]) // alignment) * alignment
     return _read(
         model,
         params,
@@ -203,11 +222,15 @@ def read(
         chunk=chunk,
         prefill=_common_prefill(policies),
         observers=tuple(dict.fromkeys(observer for policy in policies for observer in policy.observers)),
+        cache_dtype=cache_dtype,
         implementation=implementation,
     )
 
 
-_read = jax.jit(read_prompts, static_argnames=("model", "capacity", "chunk", "prefill", "observers", "implementation"))
+_read = jax.jit(
+    read_prompts,
+    static_argnames=("model", "capacity", "chunk", "prefill", "observers", "cache_dtype", "implementation"),
+)
 
 
 def _common_prefill(policies: Sequence[Policy]) -> PrefillAttention | None:
@@ -230,7 +253,7 @@ def _start(
     implementation: str | None,
 ) -> tuple[LoopState, tuple[Int[Array, " batch"], Float[Array, " batch"]]]:
     """The first selection, and the first token, which comes from the prefill's logits."""
-    token, log_prob = sample(sampling, prompts.logits, jax.random.fold_in(key, 0))
+    token, log_prob = everywhere(sample(sampling, prompts.logits, jax.random.fold_in(key, 0)))
     decode = begin(policy, Prefilled(cache, prompts), implementation=implementation)
     return LoopState(decode, token, ~_is_eos(model, token), key), (token, log_prob)
 
@@ -255,7 +278,7 @@ def _feed(
     """The first token comes from the last fed one instead of the prompt's."""
     tokens, counts = pad(fed, model.config.vocab, 16, argument="fed")  # few lengths, few programs
     decode, logits = feed(model, params, state.decode, tokens, counts, policy=policy, implementation=implementation)
-    token, log_prob = sample(sampling, logits, jax.random.fold_in(state.key, decode.step))
+    token, log_prob = everywhere(sample(sampling, logits, jax.random.fold_in(state.key, decode.step)))
     return LoopState(decode, token, ~_is_eos(model, token), state.key), (token, log_prob)
 
 
@@ -299,7 +322,7 @@ def run_block(
             implementation=implementation,
         )
         # keyed by the step and not by how often the loop ran, so that both loops draw alike
-        token, log_prob = sample(sampling, logits, jax.random.fold_in(state.key, decode.step))
+        token, log_prob = everywhere(sample(sampling, logits, jax.random.fold_in(state.key, decode.step)))
         token = jnp.where(running, token, state.token)
         block = Block(
             block.tokens.at[done].set(token),
@@ -328,7 +351,7 @@ def run_block(
     carry = (jnp.int32(0), state, _empty_block(model, steps, state.token.shape[0]))
     body = scheduled if stride is None else functools.partial(cycle, stride=stride)
     _, state, block = lax.while_loop(unfinished, body, carry)
-    return state, block
+    return state, everywhere(block)
 
 
 def _empty_block(model: Llama, steps: int, batch: int) -> Block:

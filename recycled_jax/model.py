@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import causal_attention
 from recycled_jax import rope
 from recycled_jax.config import LlamaConfig
+from recycled_jax.products import times
 from recycled_jax.sharding import RULES, constrain, partition_spec
 from recycled_jax.weights import layer_weights, model_weights
 
@@ -180,17 +181,13 @@ def attention_output(
     with jax.named_scope("attention/output"):
         batch, _, tokens, _ = attended.shape
         merged = attended.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
-        return merged @ w["o_proj"].reshape(merged.shape[-1], -1).astype(attended.dtype)
+        return times(merged, w["o_proj"])
 
 
 def _to_heads(
     x: Float[Array, "batch tokens embed"], weight: Float[Array, "embed heads head_dim"]
 ) -> Float[Array, "batch heads tokens head_dim"]:
-    # As one plain matrix product: an einsum straight to this layout makes XLA transpose a copy of the weight at every
-    # decode step instead of the small result.
-    batch, tokens, embed = x.shape
-    product = x @ weight.reshape(embed, -1).astype(x.dtype)
-    return product.reshape(batch, tokens, *weight.shape[1:]).transpose(0, 2, 1, 3)
+    return times(x, weight).reshape(*x.shape[:2], *weight.shape[1:]).transpose(0, 2, 1, 3)
 
 
 def mlp(
@@ -199,8 +196,7 @@ def mlp(
     """What the gated MLP adds to the residual stream."""
     with jax.named_scope("mlp"):
         x = rms_norm(x, w["mlp_norm"], config.norm_eps)
-        gate, up = x @ w["gate_proj"].astype(x.dtype), x @ w["up_proj"].astype(x.dtype)
-        return (nn.silu(gate) * up) @ w["down_proj"].astype(x.dtype)
+        return times(nn.silu(times(x, w["gate_proj"])) * times(x, w["up_proj"]), w["down_proj"])
 
 
 def logits(
@@ -209,11 +205,10 @@ def logits(
     """Float32 logits from the last layer's output."""
     with jax.named_scope("logits"):
         x = rms_norm(x, weights["final_norm"], config.norm_eps)
-        if config.tie_embeddings:
-            head, equation = weights["embed_tokens"], "bte,ve->btv"
-        else:
-            head, equation = weights["lm_head"], "bte,ev->btv"
-        return jnp.einsum(equation, x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        if not config.tie_embeddings:
+            return times(x, weights["lm_head"], jnp.float32)
+        head = weights["embed_tokens"].astype(x.dtype)
+        return jnp.einsum("bte,ve->btv", x, head, preferred_element_type=jnp.float32)
 
 
 def rms_norm(

@@ -12,6 +12,7 @@ from recycled_jax.decode import Params, begin, decode_step
 from recycled_jax.frame import LayerTrace, Prefilled
 from recycled_jax.model import Llama
 from recycled_jax.policies import Policy
+from recycled_jax.sharding import on_its_mesh
 
 
 class Scored(NamedTuple):
@@ -23,6 +24,7 @@ class Scored(NamedTuple):
     trace: LayerTrace  # [tokens - 1, layers, batch]
 
 
+@on_its_mesh
 @functools.partial(jax.jit, static_argnames=("model", "policy", "coverage", "implementation"))
 def score_tokens(
     model: Llama,

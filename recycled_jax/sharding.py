@@ -1,6 +1,8 @@
 """Logical axes of weights and activations, and the one table that lays them on a device mesh."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -52,8 +54,12 @@ def named_sharding(axes: Sequence[str], mesh: Mesh) -> NamedSharding:
     The axes of `mesh` count as automatic, which those of `jax.make_mesh` are not: the model states where parameters
     lie and leaves the rest to the compiler.
     """
-    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    return NamedSharding(automatic, partition_spec(axes, mesh))
+    return NamedSharding(automatic(mesh), partition_spec(axes, mesh))
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices and names, every axis the compiler's to use."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def param_shardings(config: LlamaConfig, mesh: Mesh) -> dict:
@@ -68,3 +74,17 @@ def param_shardings(config: LlamaConfig, mesh: Mesh) -> dict:
 def constrain(x: jax.Array, axes: Sequence[str], mesh: Mesh | None) -> jax.Array:
     """`x`, whose dimensions are the logical `axes`, laid out on `mesh` if there is one. Raises as `partition_spec`."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, named_sharding(axes, mesh))
+
+
+def on_its_mesh[**Arguments, Given](function: Callable[Arguments, Given]) -> Callable[Arguments, Given]:
+    """`function(model, ...)` with the model's mesh, if it has one, as the mesh in use."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Given:
+        model: Any = args[0]
+        if model.mesh is None:
+            return function(*args, **kwargs)
+        with jax.set_mesh(automatic(model.mesh)):
+            return function(*args, **kwargs)
+
+    return wrapped

@@ -19,10 +19,10 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from recycled_jax.planning.chips import CHIPS, Chip
 from recycled_jax.spelling import nearest
 from tpu_check import report
 from tpu_check.catalogue import catalogue
-from tpu_check.chips import CHIPS, Chip
 from tpu_check.jobs import Row, run
 from tpu_check.limits import verdicts
 from tpu_check.programs import Program

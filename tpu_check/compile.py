@@ -17,10 +17,10 @@ import numpy as np
 from jax.experimental import topologies
 
 from pallas_kernels import KVCache
+from recycled_jax.planning.chips import CHIPS, Chip
 from tpu_check import bundles, hlo
 from tpu_check.bundles import Cost
 from tpu_check.catalogue import catalogue
-from tpu_check.chips import CHIPS, Chip
 from tpu_check.programs import MODELS, Built, Program, nbytes
 from tpu_check.runs import RUNS
 

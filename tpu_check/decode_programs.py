@@ -14,11 +14,11 @@ from recycled_jax.frame import LastQueries, Prefilled, PromptRecord, StepKind
 from recycled_jax.frame.prompt import QueryWindow
 from recycled_jax.generate import LoopState, run_block
 from recycled_jax.model import Llama
+from recycled_jax.planning.chips import Chip
+from recycled_jax.planning.sizes import params_of
 from recycled_jax.policies import Policy, make_policy
 from recycled_jax.sampling import Sampling
 from recycled_jax.state import DecodeState, model_cache
-from recycled_jax.weights import map_weights
-from tpu_check.chips import Chip
 from tpu_check.programs import BUDGET, DTYPE, TOKENS, Built, LimitName, Program, array, nbytes
 
 STRIDE = 10
@@ -109,15 +109,11 @@ def _fit(chip: Chip, config: LlamaConfig, batch: int, policy: Policy) -> tuple[L
     layers = config.layers
     while True:
         fitting = replace(config, layers=layers)
-        params = _params(fitting)
+        params = params_of(fitting)
         state = jax.eval_shape(functools.partial(_state, fitting, batch, policy))
         if layers == 1 or nbytes((params, state)) < 0.85 * chip.hbm:
             return fitting, params, state
         layers //= 2
-
-
-def _params(config: LlamaConfig) -> Any:
-    return map_weights(config, lambda weight: array(weight.shape), lambda weight: array((config.layers, *weight.shape)))
 
 
 def _state(config: LlamaConfig, batch: int, policy: Policy) -> DecodeState:

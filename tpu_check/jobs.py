@@ -1,34 +1,16 @@
 """Runs each compile in a process of its own, one at a time."""
 
-import contextlib
-import fcntl
-import json
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tpu_check.chips import Chip
+from recycled_jax.planning.chips import Chip
+from recycled_jax.planning.tpu_compiler import alone
 from tpu_check.compile import Figures
 from tpu_check.programs import Program
 
 TIMEOUT = 900  # seconds for one compile
 DUMP_TIMEOUT = 120  # seconds for one that writes its bundles too, which has been seen not to end
-
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    # what a TPU machine would tell the compiler about itself
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_LOG_DIR": "disabled",
-    # nobody holds a TPU here, so another process with the compiler loaded is no reason to stop
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -61,41 +43,3 @@ def _compile(program: Program, chip: Chip, timeout: float, *, dumps: bool = Fals
     if found is None:
         return None
     return Row(program, chip, None, found) if isinstance(found, str) else Row(program, chip, Figures(**found))
-
-
-def alone(
-    module: str, arguments: Sequence[str], out: Path, timeout: float, flags: str = ""
-) -> dict[str, Any] | str | None:
-    """Runs `python -m MODULE ARGUMENTS OUT` with the TPU compiler, `flags` for it, and no other beside it.
-
-    Gives what is in the JSON file `out` then, a sentence if the process failed, None if it took more than `timeout`
-    seconds.
-    """
-    command = [sys.executable, "-m", module, *arguments, str(out)]
-    environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
-    with _one_at_a_time():
-        try:
-            done = subprocess.run(
-                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=timeout
-            )
-        except subprocess.TimeoutExpired:
-            return None
-    if done.returncode or not out.exists():
-        return _reason(done.returncode, done.stderr.decode(errors="replace"))
-    return json.loads(out.read_text())
-
-
-@contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Waits until no other process of this kind runs: the TPU compiler serves one process at a time."""
-    with open(Path(tempfile.gettempdir()) / "tpu.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _reason(status: int, stderr: str) -> str:
-    """The last line of a traceback that says something, in one line and not too long."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.split(":")[0].split(".")[-1].endswith(("Error", "Exception", "Failure"))]
-    said = errors[-1] if errors else lines[-1] if lines else "no message"
-    return f"exit status {status}: {said[:400]}"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 import pallas_kernels as pk
 from recycled_jax.config import LlamaConfig
-from tpu_check.chips import Chip
+from recycled_jax.planning.chips import Chip
 from tpu_check.programs import BUDGET, PREFILL, TOKENS, Built, LimitName, Program, array, nbytes
 
 _LAYERS = 2  # of the full cache; of a selection all that the model has: two might be moved to VMEM beforehand

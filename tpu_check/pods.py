@@ -18,9 +18,9 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from recycled_jax.planning.tpu_compiler import alone
 from recycled_jax.spelling import nearest
 from tpu_check import pod_report, report
-from tpu_check.jobs import alone
 from tpu_check.pod_report import PodRow
 from tpu_check.train_programs import PODS, Pod, PodFigures
 

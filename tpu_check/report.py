@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
-from tpu_check.chips import Chip
+from recycled_jax.planning.chips import Chip
 from tpu_check.jobs import Row
 from tpu_check.limits import Verdict, Waiver, ratio, verdicts
 from tpu_check.programs import BUDGET, MODELS, TOKENS

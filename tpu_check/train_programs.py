@@ -22,34 +22,21 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from recycled_jax.config import LlamaConfig
+from recycled_jax.mesh import make_mesh
 from recycled_jax.model import Llama, causal
+from recycled_jax.planning.chips import CHIPS, Chip
+from recycled_jax.presets import PRESETS
 from recycled_jax.weights import layer_weights
 from tpu_check import hlo
-from tpu_check.chips import CHIPS, Chip
 from tpu_check.collectives import Collective, bytes_by_kind, collectives
-from tpu_check.programs import MODELS
 from train.__main__ import parse
 from train.config import TrainConfig
 from train.data import Batch
 from train.optimizer import make_optimizer
-from train.step import abstract_state, batch_sharding, make_mesh, make_train_step
+from train.step import abstract_state, batch_sharding, make_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "train"
 AXES = ("data", "fsdp", "tensor", "sequence")
-
-_QWEN2_7B = LlamaConfig(
-    model_type="qwen2",
-    vocab=152_064,
-    embed=3584,
-    mlp=18_944,
-    layers=28,
-    query_heads=28,
-    kv_heads=4,
-    head_dim=128,
-    norm_eps=1e-6,
-    rope_theta=1e6,
-    max_length=131_072,
-)
 
 
 @dataclass(frozen=True)
@@ -79,9 +66,9 @@ def _config(name: str) -> TrainConfig:
 PODS = {
     pod.name: pod
     for pod in (
-        Pod("llama31_8b_recycled_v5p64", MODELS["8B"], CHIPS["v5p"], "v5p:4x4x4"),
-        Pod("llama31_8b_recycled_v5e256", MODELS["8B"], CHIPS["v5e"], "v5e:16x16"),
-        Pod("qwen2_7b_recycled_v6e64", _QWEN2_7B, CHIPS["v6e"], "v6e:8x8"),
+        Pod("llama31_8b_recycled_v5p64", PRESETS["llama-3.1-8b"], CHIPS["v5p"], "v5p:4x4x4"),
+        Pod("llama31_8b_recycled_v5e256", PRESETS["llama-3.1-8b"], CHIPS["v5e"], "v5e:16x16"),
+        Pod("qwen2_7b_recycled_v6e64", PRESETS["qwen2-7b"], CHIPS["v6e"], "v6e:8x8"),
     )
 }
 

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from recycled_jax.cca import CCA
 from recycled_jax.distributed import Distributed
+from recycled_jax.mesh import MeshSizes
 from recycled_jax.model import Remat
 from recycled_jax.recycled_attention import RecycledAttention
 from recycled_jax.tasks.words import KEYS
@@ -198,21 +199,6 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """Devices along each mesh axis; -1 takes all that are left."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
-
-    def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor, self.sequence)
-        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-            raise ValueError(f"mesh={asdict(self)} must have sizes of at least 1, or -1 in one place")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """One run. `out` holds checkpoints, metrics and, at the end, the exported Hugging Face folder.
 
@@ -237,7 +223,7 @@ class TrainConfig:
     corpus: Corpus | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    mesh: Mesh = field(default_factory=Mesh)
+    mesh: MeshSizes = field(default_factory=MeshSizes)
     stages: tuple[Stage, ...] = (Stage(length=256, batch=16, steps=1000),)
     save_every: int = 200
     keep: int = 2

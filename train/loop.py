@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recycled_jax.config import LlamaConfig
 from recycled_jax.hf import save_hf
+from recycled_jax.mesh import make_mesh
 from recycled_jax.model import Llama, causal
 from recycled_jax.tasks.prose import read_haystack
 from recycled_jax.tokenizer import load_tokenizer
@@ -26,7 +27,7 @@ from train.evaluate import evaluations
 from train.log import Log
 from train.optimizer import averaged, make_optimizer
 from train.start import first_state, write_model_config, write_tokenizer
-from train.step import Metrics, TrainState, abstract_state, make_mesh, make_train_step, spread
+from train.step import Metrics, TrainState, abstract_state, make_train_step, spread
 
 
 def train(config: TrainConfig) -> Path | None:

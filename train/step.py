@@ -1,22 +1,18 @@
 """The train step: state in, state out, compiled for a mesh."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax import lax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from recycled_jax.model import Llama, causal, logits
 from recycled_jax.sharding import constrain, named_sharding, param_shardings
-from train.config import Mesh as MeshSizes
 from train.data import Batch
 from train.init import retrieval_init
 
@@ -43,21 +39,6 @@ class Metrics(NamedTuple):
     gradient_norm: jax.Array
     skipped: jax.Array
     skipped_in_all: jax.Array
-
-
-def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices (of this program, if not given), neighbours beside each other; one axis may be -1. Raises
-    ValueError when the sizes do not divide the devices."""
-    shape, devices = asdict(sizes), devices or jax.devices()
-    fixed = int(np.prod([size for size in shape.values() if size != -1]))
-    if len(devices) % fixed:
-        raise ValueError(f"mesh={shape} needs a multiple of {fixed} devices, there are {len(devices)}")
-    resolved = [len(devices) // fixed if size == -1 else size for size in shape.values()]
-    if int(np.prod(resolved)) != len(devices):
-        raise ValueError(f"mesh={shape} covers {int(np.prod(resolved))} devices, there are {len(devices)}")
-    # an axis may be part of one of the torus: tensor 2 of 4 x 4 x 4
-    laid = mesh_utils.create_device_mesh(resolved, devices, allow_split_physical_axes=True)
-    return Mesh(laid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 class Sums(NamedTuple):

@@ -21,6 +21,7 @@ from recycled_jax.generate import generate as decode_prompts
 from recycled_jax.policies import make_policy
 from recycled_jax.prefill.registry import make_prefill
 from recycled_jax.sampling import Sampling
+from recycled_jax.state import CacheDtype
 
 STREAM_BLOCK = 8  # decode steps between two looks at a row that is printed as it grows
 
@@ -43,6 +44,7 @@ def generate(
     batch: int = 8,
     capacity: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    cache_dtype: CacheDtype | None = None,
 ) -> None:
     """Continues one prompt on the terminal, or many from a JSONL file into another.
 
@@ -70,6 +72,7 @@ def generate(
         capacity: Cache slots per prompt, for the prompt and its continuation; as many as needed, up to the model's
             length, when not given.
         dtype: Of weights, cache and computation.
+        cache_dtype: Of the cache alone; int8 halves bfloat16's bytes.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch", batch)):
         if value < 1:
@@ -83,7 +86,7 @@ def generate(
     items = _read_prompts(prompt_file, question, answer_prefix, prompts, out)
     checkpoint = Checkpoint.find(model)
     rows = _encode(checkpoint, items, max_new_tokens, capacity)
-    settings = {"policy": chosen, "max_new_tokens": max_new_tokens, "sampling": sampling}
+    settings = {"policy": chosen, "max_new_tokens": max_new_tokens, "sampling": sampling, "cache_dtype": cache_dtype}
     if out is None:
         _stream(checkpoint, dtype, rows[0], {**settings, "seed": seed, "capacity": capacity})
         return
@@ -92,6 +95,8 @@ def generate(
     written = {
         "model": "embedded" if model is None else str(checkpoint.folder.resolve()),
         "dtype": dtype,
+        # only where given, so that runs of before can be taken up
+        **({} if cache_dtype is None else {"cache_dtype": cache_dtype}),
         "policy": {"name": policy.name, **policy.knobs},
         "prefill": {"name": prefill.name, **prefill.knobs},
         "max_new_tokens": max_new_tokens,

@@ -7,6 +7,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from recycled_jax.config import LlamaConfig
 from recycled_jax.decode import Params
 from recycled_jax.hf import find_checkpoint
@@ -99,8 +101,9 @@ class Checkpoint:
                     digest.update(file.read(_PIECE))
         return digest.hexdigest()[:12]
 
-    def load(self, dtype: str) -> tuple[Llama, Params]:
-        """Model and parameters, computing in `dtype`. Raises as `checkpoint.load_model`."""
+    def load(self, dtype: str, mesh: Mesh | None = None) -> tuple[Llama, Params]:
+        """Model and parameters, computing in `dtype`, on a mesh if there is one. Raises as `checkpoint.load_model`."""
         from recycled_jax.checkpoint import load_model  # orbax takes seconds
 
-        return load_model(self.folder, dtype=dtype)
+        model, params = load_model(self.folder, dtype=dtype, mesh=mesh)
+        return model.clone(mesh=mesh), params

@@ -100,7 +100,7 @@ class Evicting(Method):
         chosen = min(self.k - 1, cache.capacity)
         free = ((0, 0), (0, 0), (0, self.k - chosen))
 
-        def cut(layer: Int[Array, ""]):
+        def cut(layer: Int[Array, ""] | int):
             here = Here(layer, lengths, nowhere, active, implementation=implementation)
             worth = self.rule.prompt_worth(prefilled, here)
             rank = self.rule.rank(worth, slots, lengths)
@@ -155,7 +155,7 @@ class Evicting(Method):
         return Attended(output, state, handed, _trace(positions), positions)
 
 
-def _entries(layer: Int[Array, ""], entries: Int[Array, "batch kv_heads"]):
+def _entries(layer: Int[Array, ""] | int, entries: Int[Array, "batch kv_heads"]):
     """Index of one entry per row and kv head in arrays of layers × batch × kv_heads × entries."""
     batch, kv_heads = entries.shape
     return layer, jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :], entries

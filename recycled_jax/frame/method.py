@@ -35,7 +35,7 @@ class Here:
     prefill. Rows that are not `active` change nothing, and their output means nothing.
     """
 
-    layer: Int[Array, ""]
+    layer: Int[Array, ""] | int
     lengths: Int[Array, " batch"]
     step: Int[Array, ""]
     active: Bool[Array, " batch"]

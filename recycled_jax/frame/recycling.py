@@ -15,7 +15,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import KVCache, gather_selection, selection_attention
+from pallas_kernels import KVCache, for_decoding, gather_selection, selection_attention
 from recycled_jax.frame.layer_plan import EVERY_LAYER, LayerPlan, Role
 from recycled_jax.frame.method import (
     Attended,
@@ -32,6 +32,7 @@ from recycled_jax.frame.prompt import LastQueries
 from recycled_jax.frame.schedules import QueryCheck, Schedule
 from recycled_jax.frame.scorers import Scorer
 from recycled_jax.frame.selectors import TopK
+from recycled_jax.layers import through
 
 RefreshAttention = Literal["full", "selection"]
 RowRule = Literal["per_row", "any", "all"]
@@ -162,15 +163,16 @@ class Recycling(Method):
             query=self._mean_query(window.bare_q[..., -1, :], window.q[..., -1, :]),
             steps_since=jnp.zeros((cache.layers, cache.batch), jnp.int32),
         )
-        return RecyclingState(carry[0], memory, scorer)
+        selection = Selection(carry[0].positions, for_decoding(carry[0].compact))
+        return RecyclingState(selection, memory, scorer)
 
     def corrected(self, state, cache, *, implementation):
         positions = state.selection.positions
 
-        def copy(layer: Int[Array, ""], compact: KVCache) -> KVCache:
-            return gather_selection(cache, positions[layer], compact, layer=layer, implementation=implementation)
+        def copy(compact: KVCache, layer: Int[Array, ""] | int) -> tuple[KVCache, None]:
+            return gather_selection(cache, positions[layer], compact, layer=layer, implementation=implementation), None
 
-        compact = lax.fori_loop(0, positions.shape[0], copy, state.selection.compact)
+        compact, _ = through(copy, state.selection.compact, range(cache.layers), cache)
         return RecyclingState(Selection(positions, compact), state.memory, state.scorer)
 
     def before_layers(self, state, cache):

@@ -101,7 +101,7 @@ def attend_and_weigh(
     q: Float[Array, "batch query_heads head_dim"],
     cache: KVCache,
     positions: Int[Array, "batch heads entries"],
-    layer: Int[Array, ""],
+    layer: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch query_heads entries"]]:
     """Attention over the slots at `positions`, and its probabilities, float32, 0 for empty entries.
 

@@ -8,6 +8,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.int8_cache import quantize
 from recycled_jax.frame import GroupReduction, Scorer
 from recycled_jax.frame.scorers import check_group_reduction
 
@@ -67,13 +68,3 @@ class Int8Scorer(Scorer):
     def reads(self, lengths, cache):
         whole, copied = cache.head_dim * cache.dtype.itemsize, cache.head_dim + 4  # bytes of a key
         return lengths * (copied / whole)
-
-
-def quantize(
-    keys: Float[Array, "*shape head_dim"],
-) -> tuple[Int[Array, "*shape head_dim"], Float[Array, " *shape"]]:
-    """Keys as int8 multiples of float32 scales: the largest channel becomes 127 or -127."""
-    wide = keys.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=-1)
-    scales = jnp.where(largest > 0, largest / 127, 1.0)
-    return jnp.round(wide / scales[..., None]).astype(jnp.int8), scales

@@ -96,7 +96,7 @@ class ChunkMemory:
     config: LlamaConfig = struct.field(pytree_node=False)
 
     def scores(
-        self, layer: Int[Array, ""], bare_q: Float[Array, "batch query_heads queries head_dim"]
+        self, layer: Int[Array, ""] | int, bare_q: Float[Array, "batch query_heads queries head_dim"]
     ) -> Float[Array, "batch kv_heads queries chunks"]:
         """Products of summaries and queries before rotation, the largest of a group; our choice for grouped heads,
         which the released code does not know."""

@@ -195,7 +195,7 @@ class Squeezed(Method):
         return Attended(output, state, handed, selecting_trace(positions, scored, here), positions)
 
     def _clusters(
-        self, cache: KVCache, layer: Int[Array, ""], clustered: Int[Array, " batch"]
+        self, cache: KVCache, layer: Int[Array, ""] | int, clustered: Int[Array, " batch"]
     ) -> tuple[Level, Int[Array, "batch kv_heads capacity"], Coarse | None]:
         """Of one layer's first `clustered` keys."""
         slots = jnp.arange(cache.capacity)[None, None, :] < clustered[:, None, None]

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import KVCache, gather_attention, select_tokens
-from pallas_kernels.ops.gather_selection.xla import gather_heads
+from pallas_kernels.ops.gather_selection.xla import gather_positions
 from pallas_kernels.ops.one_query import softmax_weights
 from recycled_jax.frame import Attended, Axes, Here, Method
 from recycled_jax.frame.method import selecting_trace
@@ -239,8 +239,7 @@ class Tactic(Method):
         slots = jnp.broadcast_to(jnp.arange(capacity)[None, None, None, :], ranks.shape)
         at_rank = jnp.put_along_axis(jnp.zeros_like(ranks), ranks, slots, axis=-1, inplace=False, mode="drop")
         sampled = jnp.take_along_axis(at_rank, samples[:, None, None, :], axis=-1)
-        # a gather from the layer's keys as they lie; a layout that is not head-major is turned first
-        keys = gather_heads(cache.keys(here.layer), sampled.reshape(batch, heads, -1))
+        keys, _ = gather_positions(cache, here.layer, sampled.reshape(batch, heads, -1))
         keys = keys.astype(jnp.float32).reshape(*sampled.shape, head_dim)
         logits = jnp.einsum("bkgd,bkgsd->bkgs", grouped, keys, precision=lax.Precision.HIGHEST) * head_dim**-0.5
         weights = self.tail.weights(logits, samples, parts, clustered, capacity)

@@ -21,6 +21,7 @@ from recycled_jax.checkpoint import load_model
 from recycled_jax.config import LlamaConfig
 from recycled_jax.frame import FixedStride, LayerTrace, Never
 from recycled_jax.generate import generate
+from recycled_jax.mesh import MeshSizes
 from recycled_jax.policies import make_policy
 from tests.recycled_jax.random_model import CONFIG, prompts, tiny_model
 from tests.recycled_jax.tiny import save_tiny
@@ -97,6 +98,38 @@ def test_a_line_for_each_cell_with_the_fields_of_the_schema(checkpoint, tmp_path
         assert line["capacity"] == line["length"] + 128  # room for 5 tokens, in 128s
         assert line["effective_stride"] == [2.0, 2.0] and line["ideal_speedup"] > 1
         assert (line["valid"], line["status"], line["weights"], line["mode"]) == (True, "ok", "real", "gather")
+
+
+def test_caches_can_be_made_up(tmp_path):
+    decoding = QUICK | {"prefill_repeats": 0}
+    config = BenchConfig(tmp_path, model=TINY, lengths=(300,), policies=(RECYCLED,), budgets=(16,), **decoding)
+    [line] = records(bench(config, clock=steady()))
+    assert (line["prefill_ms"], line["end_to_end_ms"], line["ratio_prefill"]) == (None, None, None)
+    assert line["decode_ms_per_step"]["p50"] == pytest.approx(5) and line["effective_stride"] == [2.0, 2.0]
+    read = dataclasses.replace(config, prefill_repeats=1)  # another configuration: it is measured too
+    made_up, whole = records(bench(read, clock=steady()))
+    assert made_up == line and whole["prefill_ms"] is not None
+    for name in ("bytes_per_step", "floor_ms", "capacity"):
+        assert made_up[name] == whole[name]
+    with pytest.raises(ValueError, match="prefill_repeats=0 makes up caches, but 'h2o' needs of the prompts"):
+        bench(dataclasses.replace(config, policies=("h2o",)), clock=steady())
+    with pytest.raises(ValueError, match="prefill_repeats=0 makes up caches, which is for random weights"):
+        BenchConfig(tmp_path, **decoding)
+
+
+def test_a_mesh_divides_what_a_device_reads(tmp_path):
+    sizes = {"lengths": (300,), "policies": (RECYCLED,), "budgets": (16,), **QUICK, "prefill_repeats": 0}
+    even = RandomModel(dataclasses.replace(TINY.random, vocab=96))
+    config = BenchConfig(tmp_path, model=even, **sizes)
+    mesh = dataclasses.replace(config, mesh=MeshSizes(data=1, tensor=2, sequence=4))
+    [alone] = records(bench(config, clock=steady()))
+    [_, shared] = records(bench(mesh, clock=steady()))
+    assert shared["device"]["mesh"] == {"data": 1, "fsdp": 1, "tensor": 2, "sequence": 4}
+    assert shared["device"]["chips"] == 8
+    assert shared["bytes_per_step"]["kv_read"] == pytest.approx(alone["bytes_per_step"]["kv_read"] / 8)
+    assert shared["bytes_per_step"]["weights"] == pytest.approx(alone["bytes_per_step"]["weights"] / 2)
+    with pytest.raises(ValueError, match="expected a divisor of kv_heads=2"):
+        bench(dataclasses.replace(config, mesh=MeshSizes(data=2, tensor=4), batches=(2,)))
 
 
 def test_the_ratio_is_dense_over_policy_and_dense_is_the_runs_before_and_after(tmp_path):

@@ -9,7 +9,6 @@ import pytest
 from eval import policies as quality
 from eval.kernels import kernels
 from eval.retrieval import evaluate, table
-from eval.speed import speed
 from tests.recycled_jax.tiny import save_tiny
 
 
@@ -109,21 +108,6 @@ def test_table_by_hand():
         "| full | 100 | 50 |",
         "| none | 0 |  |",
     ]
-
-
-def test_speed_puts_floor_and_dense_beside_every_step(model, tmp_path):
-    out = tmp_path / "speed.json"
-    speed(out, lengths=[200], k=16, stride=2, strides=1, blocks=3, model=model)
-    result = json.loads(out.read_text())
-    cells = {cell["step"]: cell for cell in result["cells"]}
-    assert cells.keys() == {
-        "full", "recycled_step", "refresh_step", "recycled", "recycled_score_only", "full_again"
-    }  # fmt: skip
-    assert all(cell["kind"] == "measured" and cell["ms"] > 0 and cell["floor_ms"] > 0 for cell in cells.values())
-    # 2 layers of 2 kv heads of 8 channels of 4 bytes; a recycled step reads 16 keys and values
-    assert cells["recycled_step"]["kv_bytes"] == 2 * 2 * 8 * 4 * 2 * 16
-    assert cells["recycled_step"]["kv_bytes"] < cells["recycled_score_only"]["kv_bytes"] < cells["recycled"]["kv_bytes"]
-    assert cells["recycled"]["kv_bytes"] < cells["full"]["kv_bytes"] < cells["refresh_step"]["kv_bytes"]
 
 
 def test_kernels_put_a_copy_beside_every_operation(tmp_path):

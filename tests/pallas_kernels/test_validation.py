@@ -45,7 +45,7 @@ MISTAKES = (
         {},
         r"cache.kv has shape .*; expected \[layers",
     ),
-    ("decode_attention", (Q, K, LENGTHS), {}, "cache is a ArrayImpl; expected HeadMajor or TokenMajor"),
+    ("decode_attention", (Q, K, LENGTHS), {}, "cache is a ArrayImpl; expected a KVCache"),
     ("decode_attention", (Q, CACHE, LENGTHS), {"layer": 1}, "layer has values from 1 to 1; expected 0 to 0"),
     ("decode_attention", (Q[:1], CACHE, LENGTHS), {}, r"q has shape \(1, 4, 8\) and cache has batch 2 .* equal batch"),
     ("decode_attention", (Q[..., :4], CACHE, LENGTHS), {}, r"q has shape \(2, 4, 4\) .* head_dim \(last\)"),

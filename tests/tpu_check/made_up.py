@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tpu_check.chips import CHIPS
+from recycled_jax.planning.chips import CHIPS
 from tpu_check.compile import Figures
 from tpu_check.jobs import Row
 from tpu_check.programs import LimitName, Program

@@ -6,10 +6,10 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from recycled_jax.planning.chips import CHIPS
 from tests.tpu_check.made_up import FIGURES
 from tpu_check import __main__ as command
 from tpu_check import report
-from tpu_check.chips import CHIPS
 from tpu_check.jobs import Row
 
 

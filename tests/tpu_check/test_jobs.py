@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import empty_cache
+from recycled_jax.planning.chips import CHIPS
 from tests.tpu_check.made_up import FIGURES, program
 from tests.tpu_check.test_bundles import FETCHED, NESTED
 from tests.tpu_check.test_hlo import MODULE
 from tpu_check import compile, jobs
 from tpu_check.bundles import parse
-from tpu_check.chips import CHIPS
 from tpu_check.programs import Built, array, nbytes
 from tpu_check.runs import RUNS
 
@@ -37,7 +37,7 @@ def child(monkeypatch):
         status, stderr = calls.answer(Path(command[-2]), Path(command[-1]))
         return subprocess.CompletedProcess(command, status, b"", stderr)
 
-    monkeypatch.setattr(jobs.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return calls
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from recycled_jax.distributed import Distributed
+from recycled_jax.mesh import MeshSizes
 from recycled_jax.tasks.prose import generated_sentences
 from tests.train import tiny_run
-from train.config import Evaluation, Mesh, Stage, TrainConfig
+from train.config import Evaluation, Stage, TrainConfig
 from train.loop import train
 
 EVALUATED = Evaluation(every=3, examples=3, length=96, retrieval=False, scored=8, strides=(4,))
@@ -27,7 +28,7 @@ def config(folder: Path) -> TrainConfig:
     tiny_run.write_once(folder / "held_out.txt", " ".join(generated_sentences(np.random.default_rng(7), 40)))
     return dataclasses.replace(
         tiny,
-        mesh=Mesh(data=2, fsdp=2, sequence=2),
+        mesh=MeshSizes(data=2, fsdp=2, sequence=2),
         stages=(Stage(length=96, batch=8, steps=6),),
         evaluation=dataclasses.replace(EVALUATED, texts=(str(folder / "held_out.txt"),)),
         save_every=3,

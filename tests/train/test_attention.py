@@ -9,6 +9,7 @@ import pytest
 import train.loop
 from recycled_jax.cca import CCA
 from recycled_jax.hf import save_hf
+from recycled_jax.mesh import MeshSizes, make_mesh
 from recycled_jax.model import Llama
 from recycled_jax.orbax_io import save_orbax
 from recycled_jax.recycled_attention import RecycledAttention
@@ -16,14 +17,14 @@ from recycled_jax.tokenizer import load_tokenizer
 from tests.train import tiny_run
 from tests.train.test_step import ADAMW, CONFIG, STEPS, batch
 from train.__main__ import parse
-from train.config import Evaluation, Mesh, ModelSizes, Stage, TrainConfig
+from train.config import Evaluation, ModelSizes, Stage, TrainConfig
 from train.optimizer import make_optimizer
-from train.step import init_state, loss_sums, make_mesh, make_train_step
+from train.step import init_state, loss_sums, make_train_step
 
 
 @pytest.mark.parametrize("attention", [CCA(group=4, window=6), RecycledAttention(6, 3, 4)], ids=["cca", "recycled"])
 def test_it_learns_on_eight_devices_from_the_loss_that_one_computes(attention):
-    model, mesh = Llama(CONFIG, attention=attention), make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    model, mesh = Llama(CONFIG, attention=attention), make_mesh(MeshSizes(data=2, fsdp=2, tensor=2))
     optimizer, again = make_optimizer(ADAMW, CONFIG, STEPS), batch()
     state, step = init_state(model, optimizer, mesh, seed=0), make_train_step(model, optimizer, mesh)
     one_computes = jax.jit(loss_sums, static_argnums=0)(model, jax.device_get(state.params), again)

@@ -12,15 +12,15 @@ import pytest
 from jax.sharding import AxisType
 
 from recycled_jax.generate import read
+from recycled_jax.mesh import MeshSizes, make_mesh
 from recycled_jax.model import Llama
 from recycled_jax.policies import make_policy
 from recycled_jax.recycled_attention import RecycledAttention
 from recycled_jax.scoring import score_tokens
 from recycled_jax.tasks.prose import generated_sentences
 from tests.train.test_step import CONFIG
-from train.config import Evaluation, Mesh
+from train.config import Evaluation
 from train.evaluate import evaluations, perplexity
-from train.step import make_mesh
 
 ONE = jax.make_mesh((1,) * 4, ("data", "fsdp", "tensor", "sequence"), (AxisType.Auto,) * 4, devices=jax.devices()[:1])
 ASKED = Evaluation(examples=3, length=64, retrieval=False, scored=12, strides=(4, 6), k=16)
@@ -66,7 +66,7 @@ def test_any_mesh_gives_the_same_scores(model, tokenizer, held_out):
     asked = dataclasses.replace(held_out, retrieval=True, length=320, examples=2)
     alone, spread = (
         [score(params) for score in evaluations(network, tokenizer, mesh, asked, seed=0)]
-        for mesh in (ONE, make_mesh(Mesh(data=2, fsdp=2, sequence=2)))
+        for mesh in (ONE, make_mesh(MeshSizes(data=2, fsdp=2, sequence=2)))
     )
     assert len(alone) == 2
     for one, eight in zip(alone, spread, strict=True):

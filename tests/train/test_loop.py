@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from recycled_jax.hf import load_hf
+from recycled_jax.mesh import MeshSizes
 from recycled_jax.tokenizer import load_tokenizer
 from tests.train import tiny_run
 from train.checkpoint import Checkpoints
-from train.config import Data, Evaluation, Mesh, Optimizer, Stage, TrainConfig
+from train.config import Data, Evaluation, Optimizer, Stage, TrainConfig
 from train.data import RetrievalMixture
 from train.loop import train
 
@@ -159,7 +160,7 @@ def test_a_run_whose_loss_is_never_finite_ends_with_its_last_good_checkpoint(tmp
     ids=["whole", "in parts"],
 )
 def test_batches_that_the_mesh_cannot_share(tmp_path, stage, message):
-    config = dataclasses.replace(tiny_run.config(tmp_path), mesh=Mesh(data=-1, tensor=2))
+    config = dataclasses.replace(tiny_run.config(tmp_path), mesh=MeshSizes(data=-1, tensor=2))
     config = dataclasses.replace(config, stages=(*config.stages, stage))
     with pytest.raises(ValueError, match=message):
         train(config)

@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import AxisType
 
 from recycled_jax.config import LlamaConfig
+from recycled_jax.mesh import MeshSizes, make_mesh
 from recycled_jax.model import Llama, causal
 from recycled_jax.recycled_attention import RecycledAttention
-from train.config import Mesh, Optimizer
+from train.config import Optimizer
 from train.data import Batch
 from train.optimizer import learning_rate, make_optimizer
-from train.step import init_state, make_mesh, make_train_step
+from train.step import init_state, make_train_step
 
 CONFIG = LlamaConfig(
     model_type="qwen2", vocab=64, embed=32, mlp=48, layers=2, query_heads=4, kv_heads=2, head_dim=16, rope_theta=1e6
@@ -49,8 +50,8 @@ def run(optimizer: Optimizer, mesh, batches, init: str = "plain", attention=caus
 @pytest.mark.parametrize(
     ("attention", "sizes"),
     [
-        (causal, Mesh(data=2, fsdp=2, sequence=2)),
-        (RecycledAttention(k=6, stride=4, chunks=3), Mesh(fsdp=2, tensor=2, sequence=2)),
+        (causal, MeshSizes(data=2, fsdp=2, sequence=2)),
+        (RecycledAttention(k=6, stride=4, chunks=3), MeshSizes(fsdp=2, tensor=2, sequence=2)),
     ],
     ids=["causal", "recycled"],
 )
@@ -64,14 +65,14 @@ def test_tokens_over_devices(attention, sizes):
 
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"kv_heads=2 must be a multiple of tensor x sequence = 4"):
-        run(ADAMW, make_mesh(Mesh(data=2, tensor=2, sequence=2)), [batch()])
+        run(ADAMW, make_mesh(MeshSizes(data=2, tensor=2, sequence=2)), [batch()])
 
 
 @pytest.mark.parametrize(("optimizer", "init"), [(ADAMW, "plain"), (MUON, "retrieval")], ids=["adamw", "muon"])
 def test_eight_devices_compute_what_one_does(optimizer, init):
     batches = [batch(seed) for seed in range(4)]
     alone, expected = run(optimizer, ONE, batches, init)
-    shared, found = run(optimizer, make_mesh(Mesh(data=2, fsdp=2, tensor=2)), batches, init)
+    shared, found = run(optimizer, make_mesh(MeshSizes(data=2, fsdp=2, tensor=2)), batches, init)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert int(shared.step) == int(alone.step) == len(batches)
     layers = shared.params["params"]["layers"]
@@ -81,7 +82,9 @@ def test_eight_devices_compute_what_one_does(optimizer, init):
     assert moments and all(x.sharding == layers["down_proj"].sharding for x in moments)
 
 
-@pytest.mark.parametrize("sizes", [Mesh(), Mesh(data=2, fsdp=2, tensor=2)], ids=["data", "data, fsdp, tensor"])
+@pytest.mark.parametrize(
+    "sizes", [MeshSizes(), MeshSizes(data=2, fsdp=2, tensor=2)], ids=["data", "data, fsdp, tensor"]
+)
 def test_a_batch_in_parts_gives_the_same_step(sizes):
     """Parts differ in their weights, so means of means would be another loss."""
     rows = [batch(seed)._replace(weights=batch(seed).weights * (1 + seed)) for seed in range(4)]
@@ -143,8 +146,13 @@ def test_state_is_donated():
 
 
 def test_mesh_takes_all_devices():
-    assert dict(make_mesh(Mesh()).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
-    assert dict(make_mesh(Mesh(data=2, fsdp=-1, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
+    assert dict(make_mesh(MeshSizes()).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert dict(make_mesh(MeshSizes(data=2, fsdp=-1, tensor=2)).shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "tensor": 2,
+        "sequence": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -159,7 +167,7 @@ def test_mesh_takes_all_devices():
 )
 def test_mesh_that_the_devices_cannot_make(sizes, message):
     with pytest.raises(ValueError, match=message):
-        make_mesh(Mesh(**sizes))
+        make_mesh(MeshSizes(**sizes))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -10,6 +10,7 @@ import pytest
 
 from recycled_jax.config import LlamaConfig
 from recycled_jax.hf import load_hf
+from recycled_jax.mesh import make_mesh
 from recycled_jax.model import Llama
 from recycled_jax.recycled_attention import RecycledAttention
 from recycled_jax.tasks.prose import generated_sentences
@@ -19,7 +20,7 @@ from train.checkpoint import Checkpoints
 from train.config import Corpus, Evaluation, Source, Stage, TrainConfig
 from train.loop import train
 from train.optimizer import averaged, make_optimizer
-from train.step import abstract_state, make_mesh
+from train.step import abstract_state
 
 STEPS = 6
 EVALUATED = Evaluation(every=3, examples=2, length=96, retrieval=False, scored=8, strides=(4,))

@@ -7,12 +7,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.cache import KVCache
 from pallas_kernels.checks import check_cache, check_group_reduction, check_query, check_shape, check_values
+from pallas_kernels.ops import on_divided
 from pallas_kernels.ops.decode_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.decode_attention,
     "xla": xla.decode_attention,
     "pallas_tpu": pallas_tpu.decode_attention,
+    "divided": on_divided.decode_attention,
 }
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cache import KVCache
-from pallas_kernels.ops.one_layer import layer_logits, layer_values
+from pallas_kernels.ops.cache_products import key_products, value_sums
 from pallas_kernels.ops.one_query import reduce_group, undivided_softmax
 
 
@@ -19,6 +19,6 @@ def decode_attention(
     group_reduction: str,
 ) -> tuple[Float[Array, "batch query_heads head_dim"], Float[Array, "batch heads capacity"] | None]:
     visible = jnp.arange(cache.capacity)[None, None, :] < lengths[:, None, None]
-    weights, total = undivided_softmax(layer_logits(q, cache, lengths, layer=layer, scale=scale), visible)
-    out = (layer_values(weights, cache, lengths, layer=layer) / total).reshape(q.shape).astype(q.dtype)
+    weights, total = undivided_softmax(key_products(q, cache, layer, scale), visible)
+    out = (value_sums(weights, cache, layer) / total).reshape(q.shape).astype(q.dtype)
     return out, reduce_group(weights / total, group_reduction) if return_scores else None

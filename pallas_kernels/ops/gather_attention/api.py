@@ -5,12 +5,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.cache import KVCache
 from pallas_kernels.checks import check_cache, check_positions, check_query
+from pallas_kernels.ops import on_divided
 from pallas_kernels.ops.gather_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.gather_attention,
     "xla": xla.gather_attention,
     "pallas_tpu": pallas_tpu.gather_attention,
+    "divided": on_divided.gather_attention,
 }
 
 

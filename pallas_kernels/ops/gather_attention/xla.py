@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cache import KVCache
-from pallas_kernels.ops.gather_selection.xla import gather_heads
+from pallas_kernels.ops.gather_selection.xla import gather_positions
 from pallas_kernels.ops.one_query import softmax_weights, weighted_values
 
 
@@ -17,5 +17,6 @@ def gather_attention(
     scale: float,
 ) -> Float[Array, "batch query_heads head_dim"]:
     positions = jnp.broadcast_to(positions, (cache.batch, cache.kv_heads, positions.shape[2]))
-    weights, total = softmax_weights(q, gather_heads(cache.keys(layer), positions), positions >= 0, scale)
-    return weighted_values(weights, total, gather_heads(cache.values(layer), positions)).astype(q.dtype)
+    k, v = gather_positions(cache, layer, positions)
+    weights, total = softmax_weights(q, k, positions >= 0, scale)
+    return weighted_values(weights, total, v).astype(q.dtype)

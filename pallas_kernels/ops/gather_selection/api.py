@@ -1,9 +1,12 @@
 """Copying a selection out of the cache into a compact buffer."""
 
+from functools import partial
+
+import jax
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.cache import KVCache
+from pallas_kernels.cache import HeadMajor, KVCache, PerLayer
 from pallas_kernels.checks import check_cache, check_positions, check_shape
 from pallas_kernels.ops.gather_selection import pallas_tpu, reference, xla
 
@@ -11,6 +14,7 @@ IMPLEMENTATIONS = {
     "reference": reference.gather_selection,
     "xla": xla.gather_selection,
     "pallas_tpu": pallas_tpu.gather_selection,
+    "divided": xla.gather_selection,
 }
 
 
@@ -43,8 +47,8 @@ def gather_selection(
     check_cache(cache, layer)
     check_cache(into, layer, name="into")
     check_positions(positions, cache)
-    wanted = (type(cache), cache.layers, cache.batch, cache.kv_heads, positions.shape[2], cache.head_dim, cache.dtype)
-    given = (type(into), into.layers, into.batch, into.kv_heads, into.capacity, into.head_dim, into.dtype)
+    wanted = _fitting(jax.eval_shape(partial(cache.empty_like, capacity=positions.shape[2])))
+    given = _fitting(into)
     if given != wanted:
         names = "layout, layers, batch, kv_heads, capacity, head_dim, dtype"
         raise ValueError(f"into has ({names}) {_plain(given)}; expected {_plain(wanted)}, from cache and positions")
@@ -53,6 +57,11 @@ def gather_selection(
     return dispatch.run(
         "gather_selection", IMPLEMENTATIONS, implementation, cache, positions, into, layer=layer, rows=rows
     )
+
+
+def _fitting(buffer: KVCache) -> tuple:
+    """What has to agree: layers may stand apart in the cache and not in the buffer, which is smaller."""
+    return (HeadMajor if isinstance(buffer, PerLayer) else type(buffer), *buffer.shape, buffer.dtype)
 
 
 def _plain(parts: tuple) -> str:

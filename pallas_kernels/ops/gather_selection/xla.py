@@ -14,17 +14,17 @@ def gather_selection(
     layer: int | Int[Array, ""],
     rows: Bool[Array, " batch"] | None,
 ) -> KVCache:
-    k, v = gather_heads(cache.keys(layer), positions), gather_heads(cache.values(layer), positions)
+    k, v = gather_positions(cache, layer, positions)
     if rows is not None:
         keep = rows[:, None, None, None]
         k, v = jnp.where(keep, k, into.keys(layer)), jnp.where(keep, v, into.values(layer))
     return into.write(layer, 0, k, v)
 
 
-def gather_heads(
-    stored: Float[Array, "batch kv_heads capacity head_dim"], positions: Int[Array, "batch kv_heads budget"]
-) -> Float[Array, "batch kv_heads budget head_dim"]:
-    """The slots at `positions`, zeros where a position is -1."""
-    # The default mode would compare every row with the bounds a second time, to write NaN where it lies outside.
-    selected = jnp.take_along_axis(stored, jnp.maximum(positions, 0)[..., None], axis=2, mode="clip")
-    return jnp.where((positions >= 0)[..., None], selected, jnp.zeros((), stored.dtype))
+def gather_positions(
+    cache: KVCache, layer: int | Int[Array, ""], positions: Int[Array, "batch kv_heads budget"]
+) -> tuple[Float[Array, "batch kv_heads budget head_dim"], Float[Array, "batch kv_heads budget head_dim"]]:
+    """The keys and values at `positions`, zeros where a position is -1."""
+    there, nothing = (positions >= 0)[..., None], jnp.zeros((), cache.dtype)
+    k, v = (jnp.where(there, x, nothing) for x in cache.gather(layer, jnp.maximum(positions, 0)))
+    return k, v

@@ -6,12 +6,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.cache import KVCache
 from pallas_kernels.checks import check_cache, check_query, check_shape, check_values
+from pallas_kernels.ops import on_divided
 from pallas_kernels.ops.prefill_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.prefill_attention,
     "xla": xla.prefill_attention,
     "pallas_tpu": pallas_tpu.prefill_attention,
+    "divided": on_divided.prefill_attention,
 }
 
 

@@ -22,14 +22,17 @@ def prefill_attention(
     *,
     layer: int | Int[Array, ""],
     scale: float,
+    first_slot: int | Int[Array, ""] = 0,
+    parts: str | None = None,
 ) -> Float[Array, "batch query_heads chunk head_dim"]:
+    """`cache` may be one of the `parts` of a mesh axis, whose slot 0 is `first_slot` of the whole."""
     batch, query_heads, chunk, head_dim = q.shape
     kv_heads, tokens = cache.kv_heads, cache.capacity
     group = query_heads // kv_heads
     block = min(BLOCK_KV, tokens)
     # The query heads of a kv head and the rows of the chunk form one axis: one matrix product per kv head.
     queries = q.astype(cache.dtype).reshape(batch, kv_heads, group * chunk, head_dim)
-    starts = jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1))  # one for all rows, or one per row
+    starts = jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1)) - first_slot  # one for all rows, or one per row
     own_slot = jnp.tile(starts + jnp.arange(chunk)[None, :], (1, group))[:, :, None]
 
     def visit(index: Int[Array, ""], state: State) -> State:
@@ -62,5 +65,8 @@ def prefill_attention(
         jnp.zeros((*per_query, 1), jnp.float32),
     )
     blocks = (jnp.max(starts) + chunk + block - 1) // block
-    out, _, total = lax.fori_loop(0, jnp.minimum(blocks, -(-tokens // block)), visit, state)
+    out, largest, total = lax.fori_loop(0, jnp.minimum(blocks, -(-tokens // block)), visit, state)
+    if parts is not None:
+        decay = jnp.exp(largest - lax.pmax(largest, parts))
+        out, total = lax.psum(out * decay, parts), lax.psum(total * decay, parts)
     return (out / total).astype(q.dtype).reshape(q.shape)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.ops import on_divided
 from pallas_kernels.ops.select_tokens.strengths import NO_TURN, candidates, strengths, turns, with_kept
 
 
@@ -40,5 +41,5 @@ def _strongest_first(
     if recall < 1 and m > 0:
         best, chosen = lax.approx_max_k(strength, m, recall_target=recall)
     else:
-        best, chosen = lax.top_k(strength, m)
+        best, chosen = (on_divided.top_k if on_divided.is_divided(strength) else lax.top_k)(strength, m)
     return jnp.where(best > -jnp.inf, chosen, -1)

@@ -5,12 +5,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.cache import KVCache
 from pallas_kernels.checks import check_cache, check_group_reduction, check_query, check_shape, check_values
+from pallas_kernels.ops import on_divided
 from pallas_kernels.ops.token_scores import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.token_scores,
     "xla": xla.token_scores,
     "pallas_tpu": pallas_tpu.token_scores,
+    "divided": on_divided.token_scores,
 }
 
 

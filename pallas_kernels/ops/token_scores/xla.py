@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cache import KVCache
-from pallas_kernels.ops.one_layer import layer_logits
+from pallas_kernels.ops.cache_products import key_products
 from pallas_kernels.ops.one_query import reduce_group, undivided_softmax
 
 
@@ -18,5 +18,5 @@ def token_scores(
     group_reduction: str,
 ) -> Float[Array, "batch heads capacity"]:
     visible = jnp.arange(cache.capacity)[None, None, :] < lengths[:, None, None]
-    weights, total = undivided_softmax(layer_logits(q, cache, lengths, layer=layer, scale=scale), visible)
+    weights, total = undivided_softmax(key_products(q, cache, layer, scale), visible)
     return reduce_group(weights / total, group_reduction)
