@@ -104,8 +104,8 @@ class Int8HeadMajor(KVCache):
         rows, heads = jnp.arange(self.batch)[:, None, None], jnp.arange(self.kv_heads)[None, :, None]
 
         def read(multiples, scales):
-            found = (stack.at[layer, rows, heads, slots].get(mode="clip") for stack in (multiples, scales))
-            return dequantize(*found, self.dtype)
+            at = (layer, rows, heads, slots)
+            return dequantize(multiples.at[at].get(mode="clip"), scales.at[at].get(mode="clip"), self.dtype)
 
         return read(self.k, self.k_scales), read(self.v, self.v_scales)
 
@@ -123,5 +123,6 @@ class Int8HeadMajor(KVCache):
         return k, v
 
     def _with(self, put, k, v) -> "Int8HeadMajor":
-        stacks = (self.k, self.k_scales, self.v, self.v_scales)
-        return Int8HeadMajor(*map(put, stacks, (*quantize(k), *quantize(v))), self.read_as)
+        (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
+        keys, values = (put(self.k, k), put(self.k_scales, k_scales)), (put(self.v, v), put(self.v_scales, v_scales))
+        return Int8HeadMajor(*keys, *values, self.read_as)

@@ -54,6 +54,16 @@ def test_generates_what_a_stack_does(name, apart):
     np.testing.assert_array_equal(done.telemetry.refreshed, expected.telemetry.refreshed)
 
 
+def test_a_small_buffer_stays_a_stack_beside_layers_apart(monkeypatch):
+    model, params = tiny_model()
+    policy = make_policy("recycled", k=8, stride=3)
+    options = {"policy": policy, "max_new_tokens": 8, "chunk": 16, "block": 4}
+    expected = generate(model, params, PROMPTS, capacity=STACKED, **options)
+    monkeypatch.setattr(dispatch, "APART_BYTES", 50_000)  # between that of the buffer and that of the cache
+    done = generate(model, params, PROMPTS, capacity=APART + 128, **options)
+    assert done.tokens == expected.tokens
+
+
 def test_scores_and_single_rows_are_those_of_a_stack(apart):
     model, params = tiny_model()
     policy = make_policy("recycled", k=8, stride=3)
