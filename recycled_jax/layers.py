@@ -52,7 +52,7 @@ def through[Carry](
 
     Unrolled, with ints for `layer`, where the layers of a cache or of weights stand apart, in the carry or in `read`.
     """
-    leaves = jax.tree.leaves((carry, read), is_leaf=_stands_apart)
+    leaves = jax.tree.leaves([carry, *read], is_leaf=_stands_apart)  # a list: a tuple would look like weights apart
     if not any(map(_stands_apart, leaves)):
         # over numbers, not over slices of the weights: a slice of the stack would be copied
         return lax.scan(step, carry, jnp.arange(layers.start, layers.stop))

@@ -18,10 +18,11 @@ from jax.experimental import topologies
 
 from pallas_kernels import KVCache
 from recycled_jax.planning.chips import CHIPS, Chip
+from recycled_jax.planning.sizes import nbytes
 from tpu_check import bundles, hlo
 from tpu_check.bundles import Cost
 from tpu_check.catalogue import catalogue
-from tpu_check.programs import MODELS, Built, Program, nbytes
+from tpu_check.programs import MODELS, Built, Program
 from tpu_check.runs import RUNS
 
 

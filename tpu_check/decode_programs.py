@@ -15,11 +15,11 @@ from recycled_jax.frame.prompt import QueryWindow
 from recycled_jax.generate import LoopState, run_block
 from recycled_jax.model import Llama
 from recycled_jax.planning.chips import Chip
-from recycled_jax.planning.sizes import params_of
+from recycled_jax.planning.sizes import nbytes, params_of
 from recycled_jax.policies import Policy, make_policy
 from recycled_jax.sampling import Sampling
 from recycled_jax.state import DecodeState, model_cache
-from tpu_check.programs import BUDGET, DTYPE, TOKENS, Built, LimitName, Program, array, nbytes
+from tpu_check.programs import BUDGET, DTYPE, TOKENS, Built, LimitName, Program, array
 
 STRIDE = 10
 _LIMITS: dict[LimitName, float] = {"copies": 0, "temporaries": 0.02, "unaliased": 0.0}

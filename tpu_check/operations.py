@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from recycled_jax.config import LlamaConfig
 from recycled_jax.planning.chips import Chip
-from tpu_check.programs import BUDGET, PREFILL, TOKENS, Built, LimitName, Program, array, nbytes
+from recycled_jax.planning.sizes import nbytes
+from tpu_check.programs import BUDGET, PREFILL, TOKENS, Built, LimitName, Program, array
 
 _LAYERS = 2  # of the full cache; of a selection all that the model has: two might be moved to VMEM beforehand
 _PAGE = 16  # tokens; Quest's page size

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ def plan(
     context: int = 131_072,
     batch: int = 8,
     policy: PolicyChoice = PolicyChoice(),  # noqa: B008 (frozen)
-    mesh: MeshSizes | None = None,
+    mesh: dict[str, int] | None = None,
     cache_dtype: CacheDtype | None = None,
     sweep: tuple[int, ...] = (),
     out: Path | None = None,
@@ -57,7 +58,7 @@ def plan(
     for name, values in (("context", [context]), ("batch", [batch]), ("sweep", sweep)):
         if any(value < 1 for value in values):
             raise ValueError(f"{name}={min(values)} must be at least 1")
-    sizes = default_mesh(config, slice_, batch=batch) if mesh is None else resolve(mesh, slice_)
+    sizes = default_mesh(config, slice_, batch=batch) if mesh is None else resolve(_mesh(mesh), slice_)
     setting = Setting(config, topology, sizes, context, batch, policy.name, policy.knobs, cache_dtype)
     print(f"compiling for {topology} with libtpu {compiler_version()} …", file=sys.stderr, flush=True)
     made = make_plan(setting, sorted(set(sweep)), compile_programs)
@@ -68,6 +69,14 @@ def plan(
         draw(made, out / "plan.png")
     if not made.fits:
         raise ValueError(made.problem)
+
+
+def _mesh(sizes: dict[str, int]) -> MeshSizes:
+    axes = [field.name for field in fields(MeshSizes)]
+    for axis in sizes:
+        if axis not in axes:
+            raise ValueError(f"mesh has the axis {axis!r}; {nearest(axis, axes)}")
+    return MeshSizes(**sizes)
 
 
 def find_config(model: str) -> LlamaConfig:

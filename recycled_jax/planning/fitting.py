@@ -19,23 +19,23 @@ class Change:
 
     setting: Setting
     words: str
-    needs: float
+    needs: int
 
     def __str__(self) -> str:
         return f"{self.words} fits ({self.needs / 1e9:.1f} GB per device, by arithmetic, not compiled)"
 
 
-def available(setting: Setting) -> float:
+def available(setting: Setting) -> int:
     """Bytes of a device that programs can use."""
-    return USABLE * setting.slice.chip.hbm
+    return int(USABLE * setting.slice.chip.hbm)
 
 
-def needed(setting: Setting, temporaries: float = 0.0) -> float:
+def needed(setting: Setting, temporaries: int = 0) -> int:
     """Bytes per device: what lies there, and `temporaries`."""
     return sizes(setting).total + temporaries
 
 
-def largest_batch(setting: Setting, temporaries: float = 0.0) -> int:
+def largest_batch(setting: Setting, temporaries: int = 0) -> int:
     """The largest batch that fits on this mesh; 0 if none does. `temporaries` are those of the setting's own batch, and
     are taken to grow with the batch, but not to shrink."""
     held, room, rows = sizes(setting), available(setting), setting.rows
@@ -45,7 +45,7 @@ def largest_batch(setting: Setting, temporaries: float = 0.0) -> int:
     return max(found, 0) * setting.mesh.data * setting.mesh.fsdp
 
 
-def nearest_change(setting: Setting, temporaries: float = 0.0) -> Change | None:
+def nearest_change(setting: Setting, temporaries: int = 0) -> Change | None:
     """The first that fits of: another mesh, fewer rows, a cache of int8, a larger slice; None if nothing does."""
     for other, words in _changes(setting, temporaries):
         needs = needed(other, temporaries)
@@ -54,7 +54,7 @@ def nearest_change(setting: Setting, temporaries: float = 0.0) -> Change | None:
     return None
 
 
-def _changes(setting: Setting, temporaries: float) -> Iterator[tuple[Setting, str]]:
+def _changes(setting: Setting, temporaries: int) -> Iterator[tuple[Setting, str]]:
     yield from _other_meshes(setting)
     best = largest_batch(setting, temporaries)
     if 0 < best < setting.batch:
@@ -71,22 +71,22 @@ def _changes(setting: Setting, temporaries: float) -> Iterator[tuple[Setting, st
 
 
 def _other_meshes(setting: Setting) -> Iterator[tuple[Setting, str]]:
-    """All that divide evenly, those first that hold fewest bytes; `sequence` after those without it."""
+    """All that divide evenly, those first that hold fewest bytes; `sequence` after those without it. None with `fsdp`,
+    whose weights every step would gather."""
     devices = setting.slice.devices
     counts = [count for count in range(1, devices + 1) if devices % count == 0]
     found = []
     for tensor in counts:
-        for fsdp in counts:
-            for sequence in counts:
-                if devices % (tensor * fsdp * sequence):
-                    continue
-                mesh = MeshSizes(devices // (tensor * fsdp * sequence), fsdp, tensor, sequence)
-                try:
-                    other = replace(setting, mesh=mesh)
-                except ValueError:  # divides what it cannot
-                    continue
-                if mesh != setting.mesh:
-                    found.append(other)
+        for sequence in counts:
+            if devices % (tensor * sequence):
+                continue
+            mesh = MeshSizes(devices // (tensor * sequence), 1, tensor, sequence)
+            try:
+                other = replace(setting, mesh=mesh)
+            except ValueError:  # divides what it cannot
+                continue
+            if mesh != setting.mesh:
+                found.append(other)
     found.sort(key=lambda other: (other.mesh.sequence, needed(other)))
     for other in found:
         yield other, f"--mesh {spelled(other.mesh)}"

@@ -87,7 +87,7 @@ def weights_read(setting: Setting) -> float:
     config, mesh = setting.config, setting.mesh
     everything = weight_bytes(config, mesh)
     if config.tie_embeddings:
-        return everything
+        return float(everything)
     row = config.embed * jnp.dtype(DTYPE).itemsize / (mesh.fsdp * mesh.tensor)
     return everything - config.vocab * row + setting.batch * row
 

@@ -6,7 +6,6 @@ A number in a name counts chips for v5e and v6e, and cores, two to a chip, for v
 from dataclasses import dataclass
 
 from recycled_jax.planning.chips import CHIPS, Chip
-from recycled_jax.spelling import nearest
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,7 @@ def find_slice(topology: str) -> Slice:
     """The slice of that name. Raises ValueError, listing all, for one that is not known."""
     if topology in SLICES:
         return SLICES[topology]
-    meant = nearest(topology, SLICES)
-    listed = f"expected one of {', '.join(SLICES)}"
-    raise ValueError(f"{topology=} is not known; {listed if meant == listed else f'{meant} {listed}'}")
+    raise ValueError(f"{topology=} is not known; expected one of {', '.join(SLICES)}")
 
 
 def larger(slice_: Slice) -> list[Slice]:

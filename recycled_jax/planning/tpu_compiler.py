@@ -45,7 +45,7 @@ def _beside() -> Path | None:
 
 
 def alone(
-    module: str, arguments: Sequence[str], out: Path, timeout: float, flags: str = ""
+    module: str, arguments: Sequence[str], out: Path, timeout: int, flags: str = ""
 ) -> dict[str, Any] | str | None:
     """Runs `python -m MODULE ARGUMENTS OUT` with the TPU compiler, `flags` for it, and no other beside it.
 

@@ -167,7 +167,7 @@ def test_arrays_that_do_not_fit_are_named(getkey):
 
 
 def test_compiled_memory_is_half_of_bfloat16s():
-    """Arguments are what the cache takes; temporaries would show a layer that is dequantized: 4 MiB here."""
+    """Arguments are what the cache takes; temporaries would show a layer dequantized (keys: 8 MiB) or copied (4)."""
     sizes = {"layers": 3, "batch": 1, "kv_heads": 4, "capacity": 8192, "head_dim": 128, "dtype": jnp.bfloat16}
     caches = {"int8": Int8HeadMajor.empty(**sizes), "bfloat16": ops.empty_cache("head_major", **sizes)}
     memory = {}

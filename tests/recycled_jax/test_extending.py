@@ -75,7 +75,7 @@ def test_equals_a_fresh_prefill_for_every_observer(lengths, added):
         ("full", {}),
         ("recycled", {"k": 8, "stride": 4}),
         ("snapkv", {"k": 16, "window": 4}),
-        ("quest", {"k": 8, "page": 4}),
+        ("quest", {"k": 12, "page": 4}),
         ("streaming", {"k": 8}),
     ],
 )

@@ -16,7 +16,7 @@ STEPS = 12
 # Those that read the cache in ways of their own, beside the dense one and the recycled one.
 POLICIES = {
     "streaming": {"k": 16},
-    "quest": {"k": 16, "page": 8},
+    "quest": {"k": 24, "page": 8, "dense_layers": ()},
     "token-select": {"k": 16, "sinks": 2, "recent": 4, "max_stride": 4},
     "infllm": {"k": 32, "block": 4, "sinks": 4, "recent": 8},
     "recycled-tidal": {"k": 16, "dense_layers": (0,), "selection_layers": (1,)},

@@ -93,3 +93,19 @@ def test_what_decodes_is_taken_apart_once(apart):
     state, _ = start(model, prefilled.cache, prefilled.prompts, jax.random.key(0), **options)
     assert isinstance(state.decode.cache, PerLayer)
     assert isinstance(state.decode.kept.selection.compact, PerLayer)
+
+
+def test_a_stack_is_scanned():
+    """One program for all layers, however many there are."""
+    model, params = tiny_model()
+    seen = []
+
+    def step(carry, layer):
+        seen.append(layer)
+        return carry + 1, carry
+
+    jax.eval_shape(lambda: layers.through(step, jnp.int32(0), range(3), params["params"]["layers"]))
+    assert len(seen) == 1
+    apart = tuple({"w": jnp.zeros(2)} for _ in range(3))
+    jax.eval_shape(lambda: layers.through(step, jnp.int32(0), range(3), apart))
+    assert seen[1:] == [0, 1, 2]

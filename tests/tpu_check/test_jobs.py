@@ -11,12 +11,13 @@ import pytest
 
 from pallas_kernels import empty_cache
 from recycled_jax.planning.chips import CHIPS
+from recycled_jax.planning.sizes import nbytes
 from tests.tpu_check.made_up import FIGURES, program
 from tests.tpu_check.test_bundles import FETCHED, NESTED
 from tests.tpu_check.test_hlo import MODULE
 from tpu_check import compile, jobs
 from tpu_check.bundles import parse
-from tpu_check.programs import Built, array, nbytes
+from tpu_check.programs import Built, array
 from tpu_check.runs import RUNS
 
 

@@ -55,6 +55,7 @@ def test_a_mesh_of_ones_own(asked, tmp_path):
             ["--topology", "v5e-8", "--mesh", "{data: 8}", "--batch", "6"],
             "data x fsdp = 8, expected a divisor of batch=6",
         ),
+        (["--topology", "v5e-8", "--mesh", "{tenser: 2}"], "mesh has the axis 'tenser'; did you mean 'tensor'?"),
         (["--topology", "v5e-8", "--batch", "0"], "batch=0 must be at least 1"),
         (["--topology", "v5e-8", "--sweep", "[0]"], "sweep=0 must be at least 1"),
         (["--topology", "v5e-8", "--policy", "full"], "policy='full' has no recycled steps to plan"),
