@@ -255,8 +255,9 @@ def _subject(config: BenchConfig, mesh: Mesh | None) -> Subject:
 
 
 def _check_mesh(config: BenchConfig, sizes: LlamaConfig, mesh: Mesh | None) -> None:
-    for batch in config.batches if mesh is not None else ():
-        check_decoding(sizes, mesh, batch=batch)
+    if mesh is not None:
+        for batch in config.batches:
+            check_decoding(sizes, mesh, batch=batch)
 
 
 def _common(config: BenchConfig, subject: Subject, rate: tuple[float, str]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def run(program: Program, chip: Chip) -> Row:
     return row or Row(program, chip, None, f"no result after {TIMEOUT} s")
 
 
-def _compile(program: Program, chip: Chip, timeout: float, *, dumps: bool = False) -> Row | None:
+def _compile(program: Program, chip: Chip, timeout: int, *, dumps: bool = False) -> Row | None:
     """None if it did not end in time."""
     with tempfile.TemporaryDirectory(prefix="tpu_check_") as folder:
         dump, out = Path(folder) / "dump", Path(folder) / "figures.json"

@@ -115,7 +115,8 @@ def stride_of(setting: Setting) -> float:
 
 def _roles(setting: Setting, method: Recycling) -> Iterator[Role]:
     for role, run in method.runs(setting.config.layers):
-        yield from [role] * len(run)
+        for _ in run:
+            yield role
 
 
 def _scored(setting: Setting, method: Recycling) -> float:

@@ -104,7 +104,8 @@ class _Programs:
                 return
         key = jax.eval_shape(lambda: jax.random.key(0))
         active = self.array((setting.batch,), jnp.bool_)
-        loop = LoopState(state, lengths, active, self.array(key.shape, key.dtype))
+        shapes: Any = (lengths, active, self.array(key.shape, key.dtype))
+        loop = LoopState(state, *shapes)
         yield from self.compile("decode loop", self.loop, self.params, loop, self.array(()), donate=1)
 
     def prefill(self, params, tokens, lengths):

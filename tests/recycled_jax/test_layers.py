@@ -97,7 +97,7 @@ def test_what_decodes_is_taken_apart_once(apart):
 
 def test_a_stack_is_scanned():
     """One program for all layers, however many there are."""
-    model, params = tiny_model()
+    _, params = tiny_model()
     seen = []
 
     def step(carry, layer):
