@@ -36,4 +36,4 @@ def test_one_beside_the_environment_is_found(beside, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "mine")
     monkeypatch.setattr(tpu_compiler.subprocess, "run", run)
     monkeypatch.setattr(tpu_compiler.tempfile, "tempdir", str(tmp_path))
-    assert tpu_compiler.alone("module", [], tmp_path / "out.json", 1.0) == {"path": f"mine:{beside}"}
+    assert tpu_compiler.alone("module", [], tmp_path / "out.json", 1) == {"path": f"mine:{beside}"}
