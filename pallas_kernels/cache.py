@@ -62,6 +62,10 @@ class KVCache(ABC):
         """Zeros of another capacity, for tokens of this one: like it, but in the dtype in which it is read."""
 
     @abstractmethod
+    def extended(self, *, capacity: int) -> "KVCache":
+        """The same with more slots in every row, empty ones, after those there are."""
+
+    @abstractmethod
     def keys(self, layer: int | Int[Array, ""]) -> Float[Array, "batch kv_heads capacity head_dim"]:
         """The keys of one layer, head by head."""
 
@@ -108,6 +112,15 @@ class KVCache(ABC):
         return k.astype(self.dtype), v.astype(self.dtype)
 
 
+def with_slots[Cache: KVCache](cache: Cache, capacity: int, *, axis: int) -> Cache:
+    """`cache` with zeros up to `capacity` slots, which are `axis` of each of its arrays."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, capacity - size if at == axis else 0) for at, size in enumerate(x.shape)])
+
+    return jax.tree.map(pad, cache)
+
+
 def register[Cache: type](cls: Cache) -> Cache:
     """Registers a dataclass; unflattening checks nothing, for a tree of caches may hold shardings, shapes, anything."""
     data = [field.name for field in fields(cls) if not field.metadata.get("static")]
@@ -145,6 +158,9 @@ class HeadMajor(KVCache):
     def empty_like(self, *, capacity):
         shape = (*self.k.shape[:3], capacity, self.head_dim)
         return HeadMajor(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def extended(self, *, capacity):
+        return with_slots(self, capacity, axis=3)
 
     def keys(self, layer):
         return self.k[layer]
@@ -209,6 +225,9 @@ class PerLayer(KVCache):
         shape = (*self.k[0].shape[:2], capacity, self.head_dim)
         k, v = (tuple(jnp.zeros(shape, self.dtype) for _ in self.k) for _ in "kv")
         return PerLayer(k, v)
+
+    def extended(self, *, capacity):
+        return with_slots(self, capacity, axis=2)
 
     def keys(self, layer):
         return self.k[layer]
@@ -275,6 +294,9 @@ class TokenMajor(KVCache):
     def empty_like(self, *, capacity):
         shape = (self.layers, self.batch, capacity, *self.kv.shape[3:])
         return TokenMajor(jnp.zeros(shape, self.dtype), self.pack)
+
+    def extended(self, *, capacity):
+        return with_slots(self, capacity, axis=2)
 
     def keys(self, layer):
         return self._heads(self.kv[layer, :, :, 0])

@@ -45,6 +45,10 @@ class Divided(KVCache):
         """Not divided: a compact buffer is read by all."""
         return self.whole.empty_like(capacity=capacity)
 
+    def extended(self, *, capacity):
+        """Slots move to where they belong among the new ones. Raises as `on_mesh`."""
+        return on_mesh(self.whole.extended(capacity=capacity))
+
     def keys(self, layer):
         return self.whole.keys(layer)
 
@@ -97,14 +101,19 @@ class Divided(KVCache):
 def on_mesh(cache: KVCache) -> KVCache:
     """`cache` laid out on the mesh in use, if there is one; `Divided` if that has several parts for its slots.
 
-    Raises ValueError for slots that cannot be divided evenly.
+    Raises ValueError for slots that cannot be divided evenly, or not at all.
     """
     if isinstance(cache, Divided):
         return Divided(laid_out(cache.whole, slots=SLOTS))
-    if devices() == 1 or not isinstance(cache, HeadMajor | TokenMajor):
+    if devices() == 1:
         return cache
     if parts() == 1:
         return laid_out(cache)
+    if not isinstance(cache, HeadMajor | TokenMajor):
+        raise ValueError(
+            f"a cache of {type(cache).__name__} is not for a mesh that divides the slots of a row, "
+            f"expected {SLOTS}=1, not {parts()}"
+        )
     if cache.capacity % parts():
         raise ValueError(f"capacity={cache.capacity} must be a multiple of the mesh's {SLOTS}={parts()}")
     return Divided(laid_out(cache, slots=SLOTS))

@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int8
 
-from pallas_kernels.cache import CacheShape, KVCache, empty_cache, register
+from pallas_kernels.cache import CacheShape, KVCache, empty_cache, register, with_slots
 from pallas_kernels.dispatch import preferred_layout
 
 
@@ -72,6 +72,9 @@ class Int8HeadMajor(KVCache):
         """In the dtype of computation: compact buffers are small, and read at every step; in the layout of kernels."""
         sizes = {**self.shape._asdict(), "capacity": capacity}
         return empty_cache(preferred_layout(None), **sizes, dtype=self.dtype)
+
+    def extended(self, *, capacity):
+        return with_slots(self, capacity, axis=3)
 
     def keys(self, layer):
         return dequantize(self.k[layer], self.k_scales[layer], self.dtype)

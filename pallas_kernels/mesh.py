@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.cache import HeadMajor, KVCache, TokenMajor
+from pallas_kernels.cache import KVCache, TokenMajor
 
 ROWS, HEADS, SLOTS = ("data", "fsdp"), "tensor", "sequence"
 EVERYWHERE = PartitionSpec()
@@ -39,12 +39,12 @@ def rows_and_heads(x: jax.Array | jax.ShapeDtypeStruct, slots: str | None = None
     return PartitionSpec(_rows(x.shape[0]), _heads(x.shape[1]), slots)
 
 
-def spec_of(cache: HeadMajor | TokenMajor, *, slots: str | None = None) -> PartitionSpec:
-    """Of each array of a cache."""
+def spec_of(cache: KVCache, *, slots: str | None = None) -> PartitionSpec:
+    """Of each array of a cache whose layers are one stack."""
     rows, heads = _rows(cache.batch), _heads(cache.kv_heads)
-    if isinstance(cache, HeadMajor):
-        return PartitionSpec(None, rows, heads, slots)
-    return PartitionSpec(None, rows, slots, None, heads)
+    if isinstance(cache, TokenMajor):
+        return PartitionSpec(None, rows, slots, None, heads)
+    return PartitionSpec(None, rows, heads, slots)
 
 
 def on_parts(function: Callable[..., Any], arguments: Sequence[Any], specs: Any, out_specs: Any) -> Any:
@@ -62,7 +62,7 @@ def on_rows_and_heads(
     rest = {name: value for name, value in options.items() if name not in given}
 
     def spec(leaf: Any) -> Any:
-        if isinstance(leaf, HeadMajor | TokenMajor):
+        if isinstance(leaf, KVCache):
             return spec_of(leaf)
         if leaf.ndim < 2:
             return rows_only(leaf)
@@ -78,7 +78,7 @@ def on_rows_and_heads(
     return on_parts(on_device, whole, specs(whole), specs(jax.eval_shape(on_device, *whole)))
 
 
-def laid_out(cache: HeadMajor | TokenMajor, *, slots: str | None = None) -> HeadMajor | TokenMajor:
+def laid_out[Cache: KVCache](cache: Cache, *, slots: str | None = None) -> Cache:
     """`cache` on the mesh in use."""
     spec = spec_of(cache, slots=slots)
     return jax.tree.map(lambda x: lax.with_sharding_constraint(x, spec), cache)

@@ -12,15 +12,18 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_kernels import KVCache
+from pallas_kernels.mesh import parts
 from recycled_jax.decode import Params, read_on
 from recycled_jax.frame import Observer, Prefilled, PromptRecord
 from recycled_jax.generate import pad
 from recycled_jax.model import Llama
+from recycled_jax.sharding import on_its_mesh
 
 _PIECE = 16  # tokens; chunks are multiples of it, so that suffixes of all lengths need few programs
 _ALIGNMENT = 128  # slots; as `generate.read` rounds capacities
 
 
+@on_its_mesh
 def extend(
     model: Llama,
     params: Params,
@@ -69,7 +72,7 @@ def extend(
         )
     ends = lengths + _up_to_multiple(counts, piece)  # of each row's last piece
     slots = max(capacity or needed, int(ends.max()))
-    slots = had if slots <= had else _up_to_multiple(slots, _ALIGNMENT)
+    slots = had if slots <= had else _up_to_multiple(slots, _ALIGNMENT * parts())
     run = _extend if keep or slots > had else _extend_donating
     return run(
         model,
@@ -107,7 +110,7 @@ def _extended(
         for way, seen in zip(record.observers, record.observed, strict=True)
     )
     if capacity > cache.capacity:
-        cache = _at_the_beginning(cache.empty_like(capacity=capacity), cache)
+        cache = cache.extended(capacity=capacity)
     resumed = PromptRecord(record.lengths, record.logits, observed, record.observers, record.config)
     first = record.lengths[0] if abreast else record.lengths
     return read_on(

@@ -1,8 +1,8 @@
 """Device meshes: how many devices along each axis, and whether a model can lie on them."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from recycled_jax.config import LlamaConfig
+from recycled_jax.spelling import nearest
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class MeshSizes:
         sizes = (self.data, self.fsdp, self.tensor, self.sequence)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh={asdict(self)} must have sizes of at least 1, or -1 in one place")
+
+
+def mesh_sizes(sizes: Mapping[str, int]) -> MeshSizes:
+    """Sizes as a command line gives them. Raises ValueError for an axis that there is not, and as `MeshSizes`."""
+    axes = [field.name for field in fields(MeshSizes)]
+    for axis in sizes:
+        if axis not in axes:
+            raise ValueError(f"mesh has the axis {axis!r}; {nearest(axis, axes)}")
+    return MeshSizes(**sizes)
 
 
 def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:

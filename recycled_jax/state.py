@@ -51,4 +51,4 @@ def model_cache(
         raise ValueError(f"{cache_dtype=} is not known; expected None or one of: {', '.join(get_args(CacheDtype))}")
     if parts() > 1:
         raise ValueError(f"{cache_dtype=} is not for a mesh that divides the slots of a row; expected None")
-    return Int8HeadMajor.empty(**sizes, dtype=dtype)
+    return on_mesh(Int8HeadMajor.empty(**sizes, dtype=dtype))

@@ -2,27 +2,33 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from recycled_jax.commands.loading import Checkpoint
 from recycled_jax.commands.prompts import Prompt, read_jsonl, read_prompt_file
 from recycled_jax.commands.results import FIELDS, Results
 from recycled_jax.commands.streaming import Streamer
+from recycled_jax.config import LlamaConfig
+from recycled_jax.decode import Params
 from recycled_jax.flags import PolicyChoice, PrefillChoice
 from recycled_jax.generate import Generation
 from recycled_jax.generate import generate as decode_prompts
+from recycled_jax.mesh import check_decoding, make_mesh, mesh_sizes, rows_together
+from recycled_jax.model import Llama
 from recycled_jax.policies import make_policy
 from recycled_jax.prefill.registry import make_prefill
 from recycled_jax.sampling import Sampling
 from recycled_jax.state import CacheDtype
 
+Load = Callable[[], tuple[Llama, Params]]
 STREAM_BLOCK = 8  # decode steps between two looks at a row that is printed as it grows
 
 
@@ -45,6 +51,7 @@ def generate(
     capacity: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     cache_dtype: CacheDtype | None = None,
+    mesh: dict[str, int] | None = None,
 ) -> None:
     """Continues one prompt on the terminal, or many from a JSONL file into another.
 
@@ -73,6 +80,8 @@ def generate(
             length, when not given.
         dtype: Of weights, cache and computation.
         cache_dtype: Of the cache alone; int8 halves bfloat16's bytes.
+        mesh: Devices that the model lies on, '{data: 2, tensor: 4}': data divides prompts, tensor heads, sequence the
+            cache of a prompt; one device when not given.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch", batch)):
         if value < 1:
@@ -85,10 +94,11 @@ def generate(
         chosen = replace(chosen, prefill=make_prefill(prefill.name, **prefill.knobs))
     items = _read_prompts(prompt_file, question, answer_prefix, prompts, out)
     checkpoint = Checkpoint.find(model)
+    load = partial(checkpoint.load, dtype, None if mesh is None else _find_mesh(mesh, checkpoint.config))
     rows = _encode(checkpoint, items, max_new_tokens, capacity)
     settings = {"policy": chosen, "max_new_tokens": max_new_tokens, "sampling": sampling, "cache_dtype": cache_dtype}
     if out is None:
-        _stream(checkpoint, dtype, rows[0], {**settings, "seed": seed, "capacity": capacity})
+        _stream(checkpoint, load, rows[0], {**settings, "seed": seed, "capacity": capacity})
         return
     # one capacity for all batches, so that one compiled program serves them all
     settings["capacity"] = capacity or max(map(len, rows)) + max_new_tokens
@@ -107,14 +117,14 @@ def generate(
     with Results(out, written, items) as results:
         if prompt_file is not None:
             if not results.finished:
-                done = _stream(checkpoint, dtype, rows[0], {**settings, "seed": seed})
+                done = _stream(checkpoint, load, rows[0], {**settings, "seed": seed})
                 results.append([_result(items[0], 0, done, checkpoint, written["policy"])])
             print(f"{len(results.finished)} result in {out}", file=sys.stderr)
             return
         groups = [list(zip(items, rows, strict=True))[first : first + batch] for first in range(0, len(items), batch)]
         unfinished = [group for group in groups if any(item.index not in results.finished for item, _ in group)]
         if unfinished:
-            _decode_all(checkpoint, dtype, unfinished, seed, settings, written["policy"], results)
+            _decode_all(checkpoint, load, unfinished, seed, settings, written["policy"], results)
     print(f"{len(results.finished)} results in {out}", file=sys.stderr)
 
 
@@ -163,8 +173,15 @@ def _encode(
     return rows
 
 
-def _stream(checkpoint: Checkpoint, dtype: str, row: list[int], settings: dict) -> Generation:
-    model, params = checkpoint.load(dtype)
+def _find_mesh(sizes: dict[str, int], config: LlamaConfig) -> Mesh:
+    """Of all devices. Raises ValueError for sizes that devices or model do not have."""
+    mesh = make_mesh(mesh_sizes(sizes))
+    check_decoding(config, mesh, batch=rows_together(mesh))
+    return mesh
+
+
+def _stream(checkpoint: Checkpoint, load: Load, row: list[int], settings: dict) -> Generation:
+    model, params = load()
     print(f"reading {len(row)} tokens with policy {settings['policy'].name} …", file=sys.stderr, flush=True)
     streamer = Streamer(checkpoint.text.decode, partial(print, end="", flush=True))
     try:
@@ -192,7 +209,7 @@ def _figures(done: Generation, tokens_per_second: float | None) -> str:
 
 def _decode_all(
     checkpoint: Checkpoint,
-    dtype: str,
+    load: Load,
     groups: Sequence[Sequence[tuple[Prompt, list[int]]]],
     seed: int,
     settings: dict,
@@ -201,13 +218,16 @@ def _decode_all(
 ) -> None:
     """Decodes the prompts of every group together and adds the results that are missing. A group that was finished in
     part is decoded as a whole, so a resumed run gives what an uninterrupted one gives."""
-    model, params = checkpoint.load(dtype)
+    model, params = load()
+    sharing = 1 if model.mesh is None else rows_together(model.mesh)
     total = len(results.finished) + sum(item.index not in results.finished for group in groups for item, _ in group)
     try:
         with tqdm(total=total, initial=len(results.finished), desc="generating", unit="prompt") as progress:
             for group in groups:
                 first = group[0][0].index
-                done = decode_prompts(model, params, [row for _, row in group], seed=seed + first, **settings)
+                rows = [row for _, row in group]
+                rows += rows[-1:] * (-len(rows) % sharing)  # as many as devices can share; nobody reads the last ones
+                done = decode_prompts(model, params, rows, seed=seed + first, **settings)
                 found = [_result(item, row, done, checkpoint, policy) for row, (item, _) in enumerate(group)]
                 missing = [result for result in found if result["index"] not in results.finished]
                 results.append(missing)

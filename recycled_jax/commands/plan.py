@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import jax
@@ -10,7 +9,7 @@ import jax
 from recycled_jax.config import LlamaConfig
 from recycled_jax.flags import PolicyChoice
 from recycled_jax.hf import find_checkpoint
-from recycled_jax.mesh import MeshSizes
+from recycled_jax.mesh import mesh_sizes
 from recycled_jax.planning.compiling import compile_programs
 from recycled_jax.planning.plan import make_plan
 from recycled_jax.planning.report import document, draw, table
@@ -58,7 +57,7 @@ def plan(
     for name, values in (("context", [context]), ("batch", [batch]), ("sweep", sweep)):
         if any(value < 1 for value in values):
             raise ValueError(f"{name}={min(values)} must be at least 1")
-    sizes = default_mesh(config, slice_, batch=batch) if mesh is None else resolve(_mesh(mesh), slice_)
+    sizes = default_mesh(config, slice_, batch=batch) if mesh is None else resolve(mesh_sizes(mesh), slice_)
     setting = Setting(config, topology, sizes, context, batch, policy.name, policy.knobs, cache_dtype)
     print(f"compiling for {topology} with libtpu {compiler_version()} …", file=sys.stderr, flush=True)
     made = make_plan(setting, sorted(set(sweep)), compile_programs)
@@ -69,14 +68,6 @@ def plan(
         draw(made, out / "plan.png")
     if not made.fits:
         raise ValueError(made.problem)
-
-
-def _mesh(sizes: dict[str, int]) -> MeshSizes:
-    axes = [field.name for field in fields(MeshSizes)]
-    for axis in sizes:
-        if axis not in axes:
-            raise ValueError(f"mesh has the axis {axis!r}; {nearest(axis, axes)}")
-    return MeshSizes(**sizes)
 
 
 def find_config(model: str) -> LlamaConfig:

@@ -1,5 +1,5 @@
-"""Generation on a mesh beside that of one device; `python -m tests.recycled_jax.on_a_mesh PORT INDEX OUT` is one of two
-processes, which together have the mesh's devices."""
+"""Generation on a mesh beside that of one device; `python -m tests.recycled_jax.on_a_mesh PORT INDEX OUT NAME ...` is
+one of two processes, which together have the mesh's devices; the names are of policies."""
 
 import json
 import sys
@@ -66,11 +66,12 @@ def told(done: Generation) -> dict:
     }
 
 
-def main(port: str, index: str, out: str) -> None:
+def main(port: str, index: str, out: str, *names: str) -> None:
     Distributed(f"localhost:{port}", processes=2, process=int(index), heartbeat=30).join()
-    found = {}
-    for name, sizes in (("recycled", MESHES["data 4 x tensor 2"]), ("recycled", MESHES["tensor 2 x sequence 4"])):
-        found[f"{name} {sizes}"] = told(decode(policy(name), rows(sizes), sizes))
+    found = {name: {} for name in names}
+    for name in names:
+        for mesh in ("data 4 x tensor 2", "tensor 2 x sequence 4"):
+            found[name][mesh] = told(decode(policy(name), rows(MESHES[mesh]), MESHES[mesh]))
     with open(f"{out}.{index}", "w", encoding="utf-8") as file:
         json.dump(found, file)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import empty_cache
+from pallas_kernels import Int8HeadMajor, empty_cache
 from recycled_jax.decode import read_on, read_prompts
 from recycled_jax.extending import extend, repeat_rows
 from recycled_jax.frame import DensePrefill, Observer, Prefilled
@@ -98,6 +98,17 @@ def test_a_cache_is_given_more_slots_where_it_needs_them():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(grown.cache))
     assert_equal(twice, run_read(joined(joined(rows, suffixes), more)))
     assert_equal(run_extend(first, more, capacity=130), run_read(joined(rows, more), capacity=256))
+
+
+def test_an_int8_cache_is_given_more_slots():
+    rows, suffixes = prompts(122, 60), prompts(20, 3, seed=2)
+    ours = run_extend(run_read(rows, cache_dtype="int8"), suffixes)
+    assert (type(ours.cache), ours.cache.capacity) == (Int8HeadMajor, 256)
+    fresh = run_read(joined(rows, suffixes), cache_dtype="int8")
+    np.testing.assert_allclose(ours.prompts.logits, fresh.prompts.logits, atol=0.05)  # rounded in other places
+    before = run_read(rows, cache_dtype="int8").cache
+    for name in ("k", "k_scales", "v", "v_scales"):  # what was read is not touched
+        np.testing.assert_array_equal(getattr(ours.cache, name)[:, 1, :, :60], getattr(before, name)[:, 1, :, :60])
 
 
 def test_rows_share_a_context():

@@ -122,6 +122,25 @@ class TestResults:
         assert run(policy=["--policy", "streaming", "--policy.k", "8"]) == 0
         assert {row["effective_stride"] for row in read_rows(tmp_path / "out.jsonl")} == {None}
 
+    def test_a_mesh_gives_the_same_answers(self, run, tmp_path):
+        assert run() == run("--mesh", "{data: 2, tensor: 2, sequence: 2}", out="mesh.jsonl") == 0
+        ours, alone = (read_rows(tmp_path / out) for out in ("mesh.jsonl", "out.jsonl"))
+        assert [row["text"] for row in ours] == [row["text"] for row in alone]
+        assert [row["log_prob_sum"] for row in ours] == pytest.approx([row["log_prob_sum"] for row in alone], abs=1e-4)
+
+    @pytest.mark.parametrize(
+        ("mesh", "message"),
+        [
+            ("{tensro: 2}", "mesh has the axis 'tensro'; did you mean 'tensor'?"),
+            ("{data: 2, tensor: 4}", "mesh has tensor=4, expected a divisor of kv_heads=2"),
+            ("{data: 3}", "mesh={'data': 3, 'fsdp': 1, 'tensor': 1, 'sequence': 1} needs a multiple of 3 devices"),
+        ],
+    )
+    def test_a_mesh_that_cannot_be(self, run, tmp_path, capsys, mesh, message):
+        assert run("--mesh", mesh) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "out.jsonl").exists()
+
     def test_a_seed_draws_the_same_again(self, run, tmp_path):
         for out, seed in (("one", "3"), ("two", "3"), ("other", "4")):
             assert run("--temperature", "1", "--seed", seed, out=out) == 0
