@@ -57,6 +57,7 @@ def read_questions(
         max_new_tokens=max(_room(question) for question in questions),
         capacity=capacity(cell, questions, config),
         chunk=config.chunk,
+        cache_dtype=config.cache_dtype,
         implementation=config.implementation,
     )
     return jax.block_until_ready(prefilled)

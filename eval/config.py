@@ -11,6 +11,7 @@ from recycled_jax.named import knobs_of
 from recycled_jax.policies import Policy, make_policy
 from recycled_jax.policies.registry import POLICIES
 from recycled_jax.sampling import Sampling
+from recycled_jax.state import CacheDtype
 
 # A name, or a mapping with a name and what else is to be set.
 Named = str | dict[str, Any]
@@ -35,14 +36,16 @@ class EvalConfig:
     Batches with one of the first `analysis` questions of a cell are decoded once more, to measure the attention mass on
     the selections, which reads all keys; another number is another run. `store_input` false keeps a digest of each
     prompt instead of its text. `fresh` makes new folders beside those that are there instead of going on. `chunk`
-    tokens of a prompt are read at a time. With a `mesh` the model lies on all devices of a process: rows over `data`,
-    heads over `tensor`, and the cache of a row over `sequence`. With `distributed` this is one of many processes, which
-    share the examples and the folder `out`.
+    tokens of a prompt are read at a time. With `cache_dtype` int8 the cache takes half of bfloat16's bytes; the bytes
+    that results tell are still those of `dtype`. With a `mesh` the model lies on all devices of a process: rows over
+    `data`, heads over `tensor`, and the cache of a row over `sequence`. With `distributed` this is one of many
+    processes, which share the examples and the folder `out`.
     """
 
     out: str = "results"
     model: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    cache_dtype: CacheDtype | None = None
     policies: tuple[Named, ...] = ("full", "recycled")
     budgets: tuple[int, ...] = ()
     tasks: tuple[Named, ...] = ("single", "multikey", "chain")
@@ -79,6 +82,10 @@ class EvalConfig:
                     raise ValueError(f"{name} has {value}, expected numbers of at least 1")
         for entry in self.tasks:
             split(entry)
+        if self.cache_dtype is not None and self.mesh is not None and self.mesh.sequence != 1:
+            raise ValueError(
+                f"cache_dtype={self.cache_dtype!r} is not for a mesh that divides slots, sequence={self.mesh.sequence}"
+            )
         if self.fresh and self.distributed is not None:
             raise ValueError("fresh=True cannot be agreed on by many processes; name another out")
         chosen(self.policies, self.budgets)

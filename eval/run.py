@@ -114,6 +114,7 @@ def _folder(config: EvalConfig, checkpoint: Checkpoint, prompts: Prompts, one: C
         "chunk": config.chunk,
         **({"batch": config.batch} if couples_rows(one.policy) or config.sampling.temperature > 0 else {}),
         **({"seed": config.seed} if config.sampling.temperature > 0 else {}),
+        **({} if config.cache_dtype is None else {"cache_dtype": config.cache_dtype}),
         **({} if config.mesh is None else {"mesh": asdict(config.mesh)}),
         # changes no prediction, but what telemetry says beside it; without it, folders of before keep their names
         **({"analysis": config.analysis} if config.analysis else {}),

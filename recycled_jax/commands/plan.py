@@ -59,12 +59,13 @@ def plan(
             raise ValueError(f"{name}={min(values)} must be at least 1")
     sizes = default_mesh(config, slice_, batch=batch) if mesh is None else resolve(mesh_sizes(mesh), slice_)
     setting = Setting(config, topology, sizes, context, batch, policy.name, policy.knobs, cache_dtype)
-    print(f"compiling for {topology} with libtpu {compiler_version()} …", file=sys.stderr, flush=True)
+    compiler = compiler_version()
+    print(f"compiling for {topology} with libtpu {compiler} …", file=sys.stderr, flush=True)
     made = make_plan(setting, sorted(set(sweep)), compile_programs)
     print(table(made))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "plan.json").write_text(json.dumps(document(made), indent=1) + "\n", encoding="utf-8")
+        (out / "plan.json").write_text(json.dumps(document(made, compiler), indent=1) + "\n", encoding="utf-8")
         draw(made, out / "plan.png")
     if not made.fits:
         raise ValueError(made.problem)

@@ -1,6 +1,7 @@
 """A plan as text, JSON and a picture."""
 
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ def table(plan: Plan) -> str:
     return "\n".join(parts)
 
 
-def document(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON; bytes and milliseconds per device."""
+def document(plan: Plan, compiler: str) -> dict[str, Any]:
+    """A plan as JSON; bytes and milliseconds per device. `compiler` is the version of libtpu."""
     return {
         "about": WHAT,
+        "versions": {"libtpu": compiler, **{name: version(name) for name in ("jax", "jaxlib", "recycled-jax")}},
         "setting": plan.setting.to_json(),
         "chip": {key: value for key, value in asdict(plan.setting.slice.chip).items() if key != "compiler_options"},
         "fits": plan.fits,

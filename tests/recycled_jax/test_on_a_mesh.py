@@ -46,7 +46,7 @@ def assert_same(ours: dict, theirs: dict, *, atol: float = 1e-5) -> None:
     for name in ("refreshed", "attended", "overlap"):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
     for one, other in zip(ours["log_probs"], theirs["log_probs"], strict=True):
-        np.testing.assert_allclose(one, other, atol=atol)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)

@@ -63,7 +63,7 @@ def test_a_context_beyond_training_is_told():
 
 
 def test_json_has_the_compilers_bytes():
-    told = json.loads(json.dumps(document(make_plan(setting(), [1024], compiled)), allow_nan=False))
+    told = json.loads(json.dumps(document(make_plan(setting(), [1024], compiled), "0.0"), allow_nan=False))
     assert told["programs"][1]["total"] == LOOP.total
     assert told["bytes"] == {"weights": HELD.weights, "cache": HELD.cache, "selection": HELD.selection}
     assert (told["fits"], told["problem"]) == (True, None)
@@ -73,7 +73,7 @@ def test_json_has_the_compilers_bytes():
 
 def test_json_of_a_policy_that_never_refreshes():
     made = make_plan(setting(policy_name="snapkv", knobs={"k": 512}), [], compiled)
-    assert json.loads(json.dumps(document(made), allow_nan=False))["floor_bytes"]["stride"] is None
+    assert json.loads(json.dumps(document(made, "0.0"), allow_nan=False))["floor_bytes"]["stride"] is None
     assert "never refreshes" in table(made)
 
 
