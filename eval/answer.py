@@ -15,6 +15,7 @@ from eval.metrics import METRICS
 from eval.ruler_files import prediction_record
 from eval.store import Answer
 from recycled_jax.decode import Params
+from recycled_jax.extending import repeat_rows
 from recycled_jax.frame import LayerTrace, Prefilled
 from recycled_jax.generate import Generation, generate, read
 from recycled_jax.mesh import rows_together
@@ -48,11 +49,13 @@ def read_questions(
     policies: Sequence[Chosen],
     config: EvalConfig,
 ) -> Prefilled:
-    """The prompts, for policies that read them alike."""
+    """The prompts, for policies that read them alike; one that several questions share is read once."""
+    rows = [question.tokens for question in _whole_rows(model, questions)]
+    apart = list(dict.fromkeys(rows))
     prefilled = read(
         model,
         params,
-        [question.tokens for question in _whole_rows(model, questions)],
+        _whole_rows(model, apart),
         policies=[chosen.policy for chosen in policies],
         max_new_tokens=max(_room(question) for question in questions),
         capacity=capacity(cell, questions, config),
@@ -60,6 +63,8 @@ def read_questions(
         cache_dtype=config.cache_dtype,
         implementation=config.implementation,
     )
+    if len(apart) < len(rows):
+        prefilled = repeat_rows(prefilled, [apart.index(row) for row in rows])
     return jax.block_until_ready(prefilled)
 
 
@@ -124,10 +129,10 @@ def scored(
     return nll[: len(questions)], _first_rows(telemetry, len(questions))
 
 
-def _whole_rows(model: Llama, questions: Sequence[Question]) -> list[Question]:
+def _whole_rows[Row](model: Llama, rows: Sequence[Row]) -> list[Row]:
     """As many as the devices of a mesh can share evenly: the last one again, whose answers nobody reads."""
     sharing = 1 if model.mesh is None else rows_together(model.mesh)
-    return [*questions, *[questions[-1]] * (-len(questions) % sharing)]
+    return [*rows, *[rows[-1]] * (-len(rows) % sharing)]
 
 
 def _first_rows(telemetry: Telemetry, count: int) -> Telemetry:

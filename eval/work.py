@@ -123,7 +123,8 @@ class Work:
         policies = [run.chosen for run in self.runs if run.chosen.policy.prefill == prefill]
         prefilled = answering.read_questions(self.model, self.params, cell, questions, policies, self.config)
         chunks = -(-max(len(question.tokens) for question in questions) // self.config.chunk)
-        return prefilled, self._first_time(cell, questions, prefill, chunks)
+        apart = len({question.tokens for question in questions})
+        return prefilled, self._first_time(cell, questions, prefill, chunks, apart)
 
     def _answers(
         self,
