@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from recycled_jax.commands.measure import Measurement
+from recycled_jax.plots import decode_times, looks, new_figure, scores_against_bytes
 from recycled_jax.tasks.example import Example
 from recycled_jax.tasks.retrieval import score
 
@@ -90,7 +90,7 @@ def write_report(
             for speed in speeds
         ],
     )
-    _picture(rows, speeds).savefig(out / "demo.png", dpi=150)
+    _picture(rows, speeds, f"{batch} rows of {context:,} tokens").savefig(out / "demo.png", dpi=150)
     print(f"\nWritten: {out / 'demo.csv'}, {out / 'demo_speed.csv'}, {out / 'demo.png'}")
 
 
@@ -153,38 +153,15 @@ def _write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
         writer.writerows(records)
 
 
-def _picture(rows: Sequence[PolicyRow], speeds: Sequence[SpeedRow]) -> Figure:
-    # Figure and canvas without pyplot: no global state, no display
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    markers = dict(zip(rows[0].accuracy, "os", strict=True))
-    sizes = dict(zip(rows[0].accuracy, (11, 6), strict=True))  # both are seen where they coincide
-    for index, row in enumerate(rows):
-        for task, value in row.accuracy.items():
-            label = row.policy if task == next(iter(row.accuracy)) else None
-            left.plot(
-                row.kv_bytes / 1e6,
-                100 * value,
-                markers[task],
-                color=f"C{index}",
-                label=label,
-                ms=sizes[task],
-                mec="white",
-            )
-    for task, marker in markers.items():
-        left.plot([], [], marker, color="grey", markerfacecolor="none", label=f"task: {task}")
-    left.set(xlabel="KV bytes read per token (MB)", ylabel="accuracy (%)", xlim=(0, None), ylim=(-5, 105))
-    left.set_title("accuracy against bytes read")
-    left.legend(fontsize=8)
-    colours = {row.policy: f"C{index}" for index, row in enumerate(rows)}
-    for policy in dict.fromkeys(speed.policy for speed in speeds):
-        own = [speed for speed in speeds if speed.policy == policy]
-        times = [speed.measured.step_seconds * 1e3 for speed in own]
-        right.plot([speed.context for speed in own], times, "o-", color=colours[policy], label=policy)
-    right.set(xlabel="context (tokens)", ylabel="time per token (ms), one row", ylim=(0, None))
-    right.set_title("decode time against context length")
-    right.legend(fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+def _picture(rows: Sequence[PolicyRow], speeds: Sequence[SpeedRow], questions: str) -> Figure:
+    dense = rows[0].policy
+    styles = looks([row.policy for row in rows], dense)
+    seconds: dict[str, dict[int, float]] = {}
+    for speed in speeds:
+        seconds.setdefault(speed.policy, {})[speed.context] = speed.measured.step_seconds
+    scores = {row.policy: row.accuracy for row in rows}
+    figure = new_figure(13, 3.8)
+    left, right = figure.subfigures(1, 2, squeeze=False).flat
+    scores_against_bytes(left, scores, {row.policy: row.kv_bytes for row in rows}, styles=styles, origin=questions)
+    decode_times(right, seconds, dense=dense, styles=styles, origin="one row")
     return figure

@@ -1,6 +1,6 @@
 """Pictures of how long decode steps take at each length, from the records of benchmarks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -8,10 +8,20 @@ from matplotlib.lines import Line2D
 
 from eval.finished.names import bench_label
 from eval.finished.run import Bench
-from eval.report.pictures.panels import INK, finish, new_panels, powers_of_two, set_title
+from eval.report.pictures.panels import finish, new_panels
 from eval.report.pictures.picture import Picture, Row
 from eval.report.pictures.rows import column, group
-from eval.report.pictures.shown import DENSE, DENSE_DASH, Shown, line_style, policy_look
+from eval.report.pictures.shown import Shown
+from recycled_jax.plots.style import (
+    DENSE,
+    DENSE_DASH,
+    INK,
+    draw_line,
+    line_style,
+    policy_look,
+    powers_of_two,
+    set_title,
+)
 
 
 def bench_curves(shown: Sequence[Shown]) -> list[Picture]:
@@ -85,11 +95,11 @@ def _caption(device: str, kind: str, rows: Sequence[Row]) -> str:
     return caption
 
 
-def _curve(axes: Axes, rows: Sequence[Row], style: Mapping[str, Any]) -> None:
+def _curve(axes: Axes, rows: Sequence[Row], style: dict[str, Any]) -> None:
     """Median, band and floor of a policy's records, and where it ran out of memory."""
     good, colour = [row for row in rows if _drawn(row)], style["color"]
-    axes.plot(column(good, "length"), column(good, "p50"), **style)
-    axes.fill_between(column(good, "length"), column(good, "p10"), column(good, "p90"), color=colour, alpha=0.15, lw=0)
+    band = {"low": column(good, "p10"), "high": column(good, "p90")}
+    draw_line(axes, column(good, "length"), column(good, "p50"), style, **band)
     floors = [row for row in good if row["floor_ms"] is not None]
     axes.plot(column(floors, "length"), column(floors, "floor_ms"), color=colour, lw=1, ls=":")
     for row in (row for row in rows if row["status"] == "oom"):

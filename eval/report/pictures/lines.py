@@ -7,10 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from eval.report.pictures.panels import GUIDE, finish, new_panels, set_title
+from eval.report.pictures.panels import GUIDE, finish, new_panels
 from eval.report.pictures.picture import Picture, Row
 from eval.report.pictures.rows import column, group
-from eval.report.pictures.shown import DENSE_LEVEL, Shown, in_rows
+from eval.report.pictures.shown import Shown, in_rows
+from recycled_jax.plots.style import DENSE_LEVEL, draw_line, set_title
 
 MARKED = 40  # a line of more points has no markers
 
@@ -52,10 +53,9 @@ class Lines:
             axes.axhline(self.level, **DENSE_LEVEL, gid=GUIDE)
         for s in shown:
             own = [row for row in rows if row["label"] == s.label]
-            at = column(own, self.x[0])
-            axes.plot(at, column(own, self.y[0]), **s.style(**({} if len(own) <= MARKED else {"marker": ""})))
-            if "low" in rows[0]:
-                axes.fill_between(at, column(own, "low"), column(own, "high"), color=s.colour, alpha=0.12, lw=0)
+            look = s.style(**({} if len(own) <= MARKED else {"marker": ""}))
+            low, high = (column(own, name) for name in ("low", "high")) if "low" in rows[0] else (None, None)
+            draw_line(axes, column(own, self.x[0]), column(own, self.y[0]), look, low=low, high=high)
             if self.extra is not None:
                 self.extra(axes, s, own)
         axes.set(xlabel=self.x[1], ylabel=self.y[1])

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from eval.finished.means import mean
 from eval.finished.paired import same_examples
 from eval.finished.run import Cell
-from eval.report.pictures.panels import INK, finish, new_panels, set_title
+from eval.report.pictures.panels import finish, new_panels
 from eval.report.pictures.picture import Picture, Row
 from eval.report.pictures.rows import about, cells, dense_cell, group
 from eval.report.pictures.shown import Shown, in_rows
+from recycled_jax.plots.style import INK, add_colour_bar, set_title
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,7 @@ def _draw(shown: Sequence[Shown], rows: Sequence[Row], of: _Map) -> Figure:
         axes.grid(visible=False)
         axes.set(xlabel="length (tokens)", ylabel="depth")
         set_title(axes, s.label, size=9, colour=s.colour)
-    bar = figure.colorbar(images[-1], ax=list(panels), fraction=0.03, pad=0.02)
-    bar.set_label(of.scale, fontsize=8)
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    bar.ax.tick_params(labelsize=8, length=0)
+    add_colour_bar(figure, images[-1], panels, of.scale)
     finish(figure, panels, [], rows)
     return figure
 

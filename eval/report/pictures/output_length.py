@@ -10,7 +10,8 @@ from eval.finished.paired import output_tokens
 from eval.report.pictures.panels import GUIDE, finish, new_panels
 from eval.report.pictures.picture import Picture, Row
 from eval.report.pictures.rows import about, cells, column, dense_cell, group
-from eval.report.pictures.shown import DENSE_LEVEL, Shown, in_rows
+from eval.report.pictures.shown import Shown, in_rows
+from recycled_jax.plots.style import DENSE_LEVEL
 
 
 def output_length(shown: Sequence[Shown]) -> list[Picture]:

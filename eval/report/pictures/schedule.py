@@ -10,6 +10,7 @@ from eval.report.pictures.lines import Lines
 from eval.report.pictures.picture import Picture, Row
 from eval.report.pictures.rows import about, cells, column
 from eval.report.pictures.shown import Shown
+from recycled_jax.plots.style import draw_unmet
 
 
 def stride_by_layer(shown: Sequence[Shown]) -> list[Picture]:
@@ -27,8 +28,7 @@ def stride_by_layer(shown: Sequence[Shown]) -> list[Picture]:
 
 def _mark_without_refresh(axes: Axes, s: Shown, rows: Sequence[Row]) -> None:
     never = [row for row in rows if row["no_refresh"]]
-    open_triangle = {"marker": "^", "mfc": "white", "mec": s.colour, "ms": 7}
-    axes.plot(column(never, "layer"), column(never, "shown"), ls="", **open_triangle, zorder=3)
+    draw_unmet(axes, column(never, "layer"), column(never, "shown"), s.colour)
 
 
 _STRIDES = Lines(

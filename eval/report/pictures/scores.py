@@ -8,10 +8,11 @@ from matplotlib.lines import Line2D
 
 from eval.finished.means import mean_score, perplexity
 from eval.finished.run import Cell
-from eval.report.pictures.panels import PALE, finish, new_panels, powers_of_two, set_title
+from eval.report.pictures.panels import finish, new_panels
 from eval.report.pictures.picture import Picture, Row
 from eval.report.pictures.rows import about, cells, column, group
-from eval.report.pictures.shown import DENSE, Shown, family_marks
+from eval.report.pictures.shown import Shown, family_marks
+from recycled_jax.plots.style import DENSE, PALE, powers_of_two, set_title
 
 
 def score_against_budget(shown: Sequence[Shown]) -> list[Picture]:

@@ -9,18 +9,9 @@ from matplotlib.lines import Line2D
 from eval.finished.names import families, labels
 from eval.finished.run import Run
 from eval.report.pictures.picture import Row
+from recycled_jax.plots.style import DENSE, DENSE_DASH, line_style, policy_look
 
-# Okabe and Ito's palette without its yellow, then two of Tol's: told apart in all common kinds of colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
-MARKERS = "osD^vPX*"
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
-DENSE = "#222222"
-DENSE_DASH = (0, (4, 2))
-DENSE_LEVEL: dict[str, Any] = {
-    "color": DENSE,
-    "ls": DENSE_DASH,
-    "lw": 1.2,
-}  # a line across, where dense is by definition
 
 
 @dataclass(frozen=True)
@@ -57,15 +48,6 @@ def show(runs: Sequence[Run]) -> list[Shown]:
         colour, marker = policy_look(policies.index(family))
         result.append(Shown(run, label, family, colour, marker, DASHES[rank % len(DASHES)]))
     return result
-
-
-def policy_look(place: int) -> tuple[str, str]:
-    """Colour and marker of the policy at a place."""
-    return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-
-
-def line_style(colour: str, marker: str, dash: Any) -> dict[str, Any]:
-    return {"color": colour, "ls": dash, "marker": marker, "ms": 4.5, "mec": "white", "lw": 1.6}
 
 
 def in_rows(shown: Sequence[Shown], rows: Sequence[Row]) -> list[Shown]:
