@@ -1,12 +1,13 @@
 """What rounding costs: its measures by hand, and one small run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from eval import cache_dtypes
-from eval.cache_dtypes import KINDS, POLICIES, compare, error
+from eval.cache_dtypes import KINDS, POLICIES, compare, error, table
 
 
 def test_measures_by_hand():
@@ -32,3 +33,9 @@ def test_every_kind_answers_the_same_questions(tmp_path, capsys, monkeypatch):
     assert exact["logits"]["max"] == 0.0 < rounded["logits"]["max"] < told["logits_max"]
     assert {kind["scores"]["full"]["single"] for kind in told["kinds"]} <= {0.0, 50.0, 100.0}
     assert capsys.readouterr().out.count("\n") == 2 + len(kinds)
+
+
+def test_the_page_has_the_table_of_the_file():
+    docs = Path(__file__).parents[2] / "docs"
+    told = json.loads((docs / "cache_dtypes.json").read_text())
+    assert table(told["kinds"]) in (docs / "int8_cache.md").read_text()
