@@ -11,6 +11,9 @@ One query step over the full cache
     page_bounds, update_page_bounds   those smallest and largest keys, of a whole layer or after one more token
     chunk_scores         the query against one vector per chunk
 
+A few query steps over the full cache
+    verify_attention     causal attention of the last steps of every row, with or without the scores of each
+
 Making a selection
     select_tokens        the k slots to keep, from their scores
     gather_selection     their keys and values, copied into a compact buffer
@@ -43,6 +46,7 @@ from pallas_kernels.ops.prefill_attention.api import prefill_attention
 from pallas_kernels.ops.select_tokens.api import select_tokens
 from pallas_kernels.ops.selection_attention.api import selection_attention
 from pallas_kernels.ops.token_scores.api import token_scores
+from pallas_kernels.ops.verify_attention.api import verify_attention
 
 __all__ = [
     "Divided",
@@ -70,4 +74,5 @@ __all__ = [
     "selection_attention",
     "token_scores",
     "update_page_bounds",
+    "verify_attention",
 ]

@@ -92,7 +92,7 @@ def figures(
         if instruction not in dumped:
             return None
         kernel = instruction.split(".")[0]  # what follows is a number, or the compiler's name for an operand
-        return bundles.cost(dumped[instruction], RUNS[kernel](program.batch) if kernel in RUNS else ())
+        return bundles.cost(dumped[instruction], RUNS[kernel](program, chip) if kernel in RUNS else ())
 
     cost = hlo.total(module, cost_of)
     cache = 0 if built.cache is None else nbytes(built.cache)

@@ -9,7 +9,7 @@ import pallas_kernels as pk
 from recycled_jax.config import LlamaConfig
 from recycled_jax.planning.chips import Chip
 from recycled_jax.planning.sizes import nbytes
-from tpu_check.programs import BUDGET, PREFILL, TOKENS, Built, LimitName, Program, array
+from tpu_check.programs import BUDGET, PREFILL, STEPS, TOKENS, Built, LimitName, Program, array
 
 _LAYERS = 2  # of the full cache; of a selection all that the model has: two might be moved to VMEM beforehand
 _PAGE = 16  # tokens; Quest's page size
@@ -33,6 +33,7 @@ def operations() -> Iterator[Program]:
     yield Program("select_tokens", "8B", 1, "shared by vote", _select(shared="sum"))
     for model in ("8B", "1B"):
         yield Program("decode_attention", model, 1, "with scores", _decode_attention_with_scores)
+        yield Program("verify_attention", model, 1, f"{STEPS} steps", _verify_attention, _STREAMING)
         yield Program("gather_attention", model, 1, "per head", _gather(None))
         yield Program("gather_selection", model, 1, "per head", _gather_selection, short=model == "8B")
         yield Program("page_scores", model, 1, f"pages of {_PAGE}", _page_scores)
@@ -84,6 +85,16 @@ def _decode_attention_with_scores(chip: Chip, config: LlamaConfig, batch: int) -
         lambda q, cache, lengths, layer: pk.decode_attention(q, cache, lengths, layer=layer, return_scores=True),
         (q, cache, _numbers(batch), _numbers()),
         nbytes(cache) // cache.layers + 2 * nbytes(q) + _score_bytes(config, batch, TOKENS),
+        cache=cache,
+    )
+
+
+def _verify_attention(chip: Chip, config: LlamaConfig, batch: int) -> Built:
+    q, cache = array((batch, config.query_heads, STEPS, config.head_dim)), _cache(config, batch, TOKENS)
+    return Built(
+        lambda q, cache, start, layer: pk.verify_attention(q, cache, start, layer=layer, return_scores=True),
+        (q, cache, _numbers(batch), _numbers()),
+        nbytes(cache) // cache.layers + 2 * nbytes(q) + STEPS * _score_bytes(config, batch, TOKENS),
         cache=cache,
     )
 

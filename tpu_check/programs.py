@@ -15,6 +15,7 @@ from recycled_jax.presets import PRESETS
 TOKENS = 131_072  # slots of the cache, all in use as far as floors are concerned
 BUDGET = 4_096  # slots of a selection
 PREFILL = 512  # tokens of a chunk of a prompt, the last one
+STEPS = 9  # of which eight verify drafts and one comes after them
 DTYPE = jnp.bfloat16
 
 MODELS = {"8B": PRESETS["llama-3.1-8b"], "1B": PRESETS["llama-3.2-1b"]}

@@ -12,6 +12,7 @@ from pallas_kernels.mesh import EVERYWHERE, SLOTS, on_parts, parts, rows_and_hea
 from pallas_kernels.ops.gather_selection.xla import gather_positions
 from pallas_kernels.ops.one_query import reduce_group, softmax_weights, weighted_values
 from pallas_kernels.ops.prefill_attention.xla import prefill_attention as prefill_part
+from pallas_kernels.ops.verify_attention.xla import verify_attention as verify_part
 
 
 def decode_attention(
@@ -96,6 +97,28 @@ def prefill_attention(
     heads, start = rows_and_heads(q), jnp.asarray(start)
     specs = (heads, cache.spec, rows_only(start), EVERYWHERE)
     return on_parts(in_part, (q, cache.whole, start, layer), specs, heads)
+
+
+def verify_attention(
+    q: Float[Array, "batch query_heads steps head_dim"],
+    cache: Divided,
+    start: Int[Array, " batch"],
+    *,
+    layer: int | Int[Array, ""],
+    scale: float,
+    return_scores: bool,
+    group_reduction: str,
+) -> tuple[Float[Array, "batch query_heads steps head_dim"], Float[Array, "batch heads steps capacity"] | None]:
+    """Every part has all queries and its own slots; the scores stay divided as these are."""
+    options = {"scale": scale, "return_scores": return_scores, "group_reduction": group_reduction}
+
+    def in_part(q: Array, part: KVCache, start: Array, layer: Array):
+        return verify_part(q, part, start, layer=layer, first_slot=first_slot(part), parts=SLOTS, **options)
+
+    heads = rows_and_heads(q)
+    specs = (heads, cache.spec, rows_only(start), EVERYWHERE)
+    scores = PartitionSpec(*heads[:2], None, SLOTS) if return_scores else None
+    return on_parts(in_part, (q, cache.whole, start, layer), specs, (heads, scores))
 
 
 def top_k(strength: Float[Array, "batch heads tokens"], k: int) -> tuple[Float[Array, "..."], Int[Array, "..."]]:

@@ -15,6 +15,7 @@ from pallas_kernels import (
     gather_attention,
     prefill_attention,
     token_scores,
+    verify_attention,
 )
 
 BATCH, KV_HEADS, GROUP, TOKENS, HEAD_DIM = 2, 2, 2, 4096, 64
@@ -47,6 +48,16 @@ def test_decode_attention_reads_the_cache_once_as_stored(dtype, return_scores):
     compiled = compile_xla(decode_attention, QUERY, cache(dtype), LENGTHS, return_scores=return_scores)
     assert [name for name, elements in written(compiled) if elements >= CACHE_ELEMENTS] == []
     # One product with k and one with v: the scores reuse the logits.
+    assert [name for name, _ in written(compiled)].count("dot") == 2
+
+
+@pytest.mark.parametrize("steps", [2, 9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_attention_reads_the_cache_once_for_all_steps(dtype, steps):
+    queries = jax.ShapeDtypeStruct((BATCH, KV_HEADS * GROUP, steps, HEAD_DIM), jnp.float32)
+    compiled = compile_xla(verify_attention, queries, cache(dtype), LENGTHS, return_scores=True)
+    # What may be larger than the cache is logits: one for each query and slot.
+    assert [found for found in written(compiled) if found[1] % CACHE_ELEMENTS == 0] == []
     assert [name for name, _ in written(compiled)].count("dot") == 2
 
 

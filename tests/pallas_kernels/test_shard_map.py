@@ -23,6 +23,7 @@ from pallas_kernels import (
     select_tokens,
     selection_attention,
     token_scores,
+    verify_attention,
 )
 from tests.pallas_kernels.arg_specs import assert_close, generator, normal
 
@@ -72,6 +73,12 @@ def arguments(layout, getkey):
         "select_tokens": (functools.partial(select_tokens, k=BUDGET), (scores, lengths), (HEADS, ROWS), HEADS),
         "selection_attention": (selection_attention, (q, cache, valid), (HEADS, on_cache, HEADS), HEADS),
         "token_scores": (token_scores, (q, cache, lengths), (HEADS, on_cache, ROWS), HEADS),
+        "verify_attention": (
+            functools.partial(verify_attention, return_scores=True),
+            (sequence[:, :, :3], cache, lengths),
+            (HEADS, on_cache, ROWS),
+            (HEADS, P("data", None, "tensor")),
+        ),
     }
 
 

@@ -62,6 +62,15 @@ MISTAKES = (
     ("token_scores", (Q[:, :3], CACHE, LENGTHS), {}, "q has 3 query heads and cache has 2 kv heads"),
     ("token_scores", (Q, CACHE, -LENGTHS), {}, "lengths has values from -10 to -3; expected 0 to 10"),
     ("token_scores", (Q, CACHE, LENGTHS), {"group_reduction": "first"}, "group_reduction='first' .* max, mean, sum"),
+    # a few steps
+    ("verify_attention", (Q, CACHE, LENGTHS), {}, r"q has shape \(2, 4, 8\); expected 4 dimensions"),
+    ("verify_attention", (CHUNK, COMPACT, LENGTHS), {}, "q has 6 steps and cache has 5 slots; expected 1 to as many"),
+    ("verify_attention", (CHUNK[:, :, :0], CACHE, LENGTHS), {}, "q has 0 steps and cache has 10 slots"),
+    ("verify_attention", (CHUNK[:, :3], CACHE, LENGTHS), {}, "q has 3 query heads and cache has 2 kv heads"),
+    ("verify_attention", (CHUNK, CACHE, LENGTHS[:1]), {}, r"start has shape \(1,\); .* from the batch of q"),
+    ("verify_attention", (CHUNK, CACHE, LENGTHS + 1), {}, "start has values from 4 to 11; expected 0 to 10"),
+    ("verify_attention", (CHUNK, CACHE, LENGTHS), {"layer": 1}, "layer has values from 1 to 1; expected 0 to 0"),
+    ("verify_attention", (CHUNK, CACHE, LENGTHS), {"group_reduction": "min"}, "group_reduction='min' .* max, mean"),
     # selection
     ("select_tokens", (SCORES[0], LENGTHS), {"k": 2}, r"scores has shape \(2, 10\); expected \[batch"),
     ("select_tokens", (SCORES, LENGTHS[:1]), {"k": 2}, r"lengths has shape \(1,\); expected \(2,\)"),
@@ -132,6 +141,7 @@ def test_every_operation_rejects_an_implementation_that_cannot_run(operation, im
         "select_tokens": (SCORES, LENGTHS),
         "selection_attention": (Q, CACHE, VALID),
         "token_scores": (Q, CACHE, LENGTHS),
+        "verify_attention": (CHUNK, CACHE, LENGTHS),
     }[operation]
     options = {"select_tokens": {"k": 3}, "page_scores": {"page_size": 16}}.get(operation, {})
     with pytest.raises(error, match=message.format(operation)):

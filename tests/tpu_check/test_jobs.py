@@ -96,7 +96,7 @@ def test_a_compile_that_hangs_over_its_bundles_is_tried_without(child):
 
 
 def test_figures_of_a_compiled_program(monkeypatch):
-    monkeypatch.setitem(RUNS, "attend", lambda batch: (None, None, 10 * batch))
+    monkeypatch.setitem(RUNS, "attend", lambda program, chip: (None, None, 10 * program.batch))
     cache = empty_cache("token_major", layers=2, batch=1, kv_heads=8, capacity=1024, head_dim=128, dtype=jnp.bfloat16)
     built = Built(
         lambda cache: cache,
