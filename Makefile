@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: install demo test test-slow bench lint types tpu-check tpu-check-short clean
+.PHONY: install demo test test-slow bench lint types docs tpu-check tpu-check-short clean
 
 install: $(STAMP)
 
@@ -31,6 +31,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(RUN) pyright
 
+# The site, into build/site; `make test` builds it too. The variable silences an announcement of the theme's.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
+
 # Every operation and decode program through the TPU compiler, for four chips, and the train step of every config for a
 # pod; a TPU is not needed. Writes docs/tpu_static and docs/tpu_pods.
 tpu-check: $(STAMP) $(LIBTPU)
@@ -53,7 +57,7 @@ $(STAMP): pyproject.toml constraints.txt .python-version
 	         "install one and name it: make PYTHON=python3.12 install" >&2; exit 1; }
 	$(PYTHON) -m venv $$($(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || echo --clear) $(VENV)
 	$(RUN) pip install --quiet --constraint constraints.txt setuptools
-	$(RUN) pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,train,eval]'
+	$(RUN) pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,train,eval,docs]'
 	@touch $@
 
 # The TPU compiler lies beside the environment, not in it: there, JAX would look for a TPU whenever it starts.

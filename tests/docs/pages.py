@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/**/*.md")])
-PROGRAMS = ("recycled", "python", "make", "pip", "git", "pre-commit")  # what a line of shell begins with, in these pages
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/ISSUE_TEMPLATE/*")])
+PROGRAMS = ("recycled", "python", "make", "pip", "git", "pre-commit")  # of the documentation
 
+_COMMAND = re.compile(rf"(\.venv/bin/)?({'|'.join(PROGRAMS)}) ")
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -33,12 +34,17 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def is_command(text: str) -> bool:
+    """Whether it begins with a program and a word after it: `recycled` alone is a policy, too."""
+    return _COMMAND.match(text) is not None
+
+
 def blocks(page: Path, *languages: str) -> list[Code]:
     """The fenced blocks of a page in these languages. One without a language is shell (`sh`) if it begins as such."""
     text, found = page.read_text(encoding="utf-8"), []
     for fence in _FENCE.finditer(text):
         code = textwrap.dedent(fence[3])
-        language = fence[2] or ("sh" if code.removeprefix(".venv/bin/").startswith(PROGRAMS) else "")
+        language = fence[2] or ("sh" if is_command(code) else "")
         if language in languages:
             found.append(Code(page, text[: fence.start(3)].count("\n") + 1, language, code))
     return found
@@ -49,7 +55,8 @@ def spans(page: Path) -> list[Code]:
     text = page.read_text(encoding="utf-8")
     prose = _FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), text)
     return [
-        Code(page, prose[: span.start()].count("\n") + 1, "", " ".join(span[1].split())) for span in _SPAN.finditer(prose)
+        Code(page, prose[: span.start()].count("\n") + 1, "", " ".join(span[1].split()))
+        for span in _SPAN.finditer(prose)
     ]
 
 
