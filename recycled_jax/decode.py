@@ -107,7 +107,7 @@ def read_on(
             w = weights_of(weights["layers"], layer)
             bare_q, k, v = attention_inputs(w, config, x)
             q, k = rope.rotate(bare_q, *angles), rope.rotate(k, *angles)
-            cache = _write_rows(cache, layer, start, k, v) if by_row else cache.write(layer, start, k, v)
+            cache = write_rows(cache, layer, start, k, v) if by_row else cache.write(layer, start, k, v)
             here = PromptChunk(layer, start, lengths, bare_q, q, k, v, implementation)
             attended, carried, handed = prefill.attend(carried, handed, here, cache)
             seen = tuple(
@@ -135,7 +135,7 @@ def read_on(
     return Prefilled(cache, PromptRecord(everywhere(lengths), end, (carried, *seen), (prefill, *watching), config))
 
 
-def _write_rows(
+def write_rows(
     cache: KVCache,
     layer: Int[Array, ""] | int,
     start: Int[Array, " batch"],

@@ -3,54 +3,37 @@
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import KVCache, layers_are_copied
 from pallas_kernels.mesh import everywhere, parts
+from recycled_jax.blocks import Block, LoopState, empty_block, is_eos
 from recycled_jax.correction import Uncorrected, correct
 from recycled_jax.decode import Params, begin, decode_step, read_prompts
+from recycled_jax.drafting import DraftLength, check_draft_length, check_drafter
 from recycled_jax.feeding import feed
 from recycled_jax.frame import FixedStride, LayerTrace, PrefillAttention, Prefilled, PromptRecord, Recycling
 from recycled_jax.layers import for_decoding
+from recycled_jax.lossless import LosslessState, Round, begin_rounds, joined, run_rounds
 from recycled_jax.mesh import check_decoding
 from recycled_jax.model import Llama
 from recycled_jax.policies import Policy
 from recycled_jax.sampling import Sampling, sample
 from recycled_jax.sharding import on_its_mesh
 from recycled_jax.state import CacheDtype, DecodeState
-from recycled_jax.telemetry import Telemetry
+from recycled_jax.telemetry import Rounds, Telemetry
 
 # `cond`: every step asks the schedule. `nested`: for a fixed stride, S - 1 recycled steps and a refresh as loops, with
 # no conditional in the program. Both give the same tokens and the same state.
 Loop = Literal["cond", "nested"]
 _ALIGNMENT = 128  # slots; capacities are multiples of it, as TPU tiles want
-
-
-@struct.dataclass
-class LoopState:
-    """Between two decode steps: `token` is the next to go in, rows that are not `active` have stopped."""
-
-    decode: DecodeState
-    token: Int[Array, " batch"]
-    active: Bool[Array, " batch"]
-    key: jax.Array
-
-
-class Block(NamedTuple):
-    """What a block of steps gave; row b's entries count from `lengths` before the block to `lengths` after it."""
-
-    tokens: Int[Array, "steps batch"]
-    log_probs: Float[Array, "steps batch"]
-    trace: LayerTrace  # [steps, layers, batch]
-    steps: Int[Array, " batch"]  # steps in which the row was active
 
 
 @dataclass(frozen=True)
@@ -65,6 +48,7 @@ class Generation:
     telemetry: Telemetry
     prefill_seconds: float
     decode_seconds: float
+    rounds: Rounds | None = None  # of `lossless`
 
 
 @on_its_mesh
@@ -82,6 +66,8 @@ def generate(
     seed: int = 0,
     fed: Sequence[Sequence[int]] | None = None,
     coverage: bool = False,
+    lossless: bool = False,
+    draft: DraftLength = 8,
     block: int = 64,
     cache_dtype: CacheDtype | None = None,
     implementation: str | None = None,
@@ -98,15 +84,27 @@ def generate(
     of the host; after each, `on_block` gets the tokens every row has gained, and may end the generation by answering
     True. `coverage` records the attention mass on the selections, which reads all keys: not for timing. Greedy unless
     `sampling` says otherwise; a sampled row draws by its place in the batch.
+    `lossless`: the policy only drafts, up to `draft` tokens at a time (`auto`: twice as many after a draft that stood
+    as a whole, up to 16, fewer after others), and a full-attention pass verifies them (`lossless.py`): the text is that
+    of full decoding, greedy or sampled; `Generation.rounds` has what drafts came to.
 
-    Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt that does not fit, and `nested` with
-    a schedule other than a fixed stride.
+    Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt that does not fit, `nested` with a
+    schedule other than a fixed stride, and `lossless` with `nested`, with fed tokens, or with a policy that drops the
+    cache, corrects it, or reads prompts other than densely.
     """
     sampling = Sampling() if sampling is None else sampling
     for name, value in (("max_new_tokens", max_new_tokens), ("block", block)):
         _at_least_one(name, value)
     if loop not in get_args(Loop):
         raise ValueError(f"loop={loop!r} must be one of {', '.join(get_args(Loop))}")
+    longest = check_draft_length(draft)
+    if lossless:
+        check_drafter(policy, prompts.prompts.prefill if isinstance(prompts, Prefilled) else policy.prefill)
+        if loop == "nested" or fed is not None:
+            raise ValueError(
+                f"lossless=True needs loop='cond' and no fed tokens, got {loop=} and fed tokens for "
+                f"{len(fed or ())} rows"
+            )
     stride = _nested_stride(policy) if loop == "nested" else None
     if stride is not None:
         block = -(-block // stride) * stride  # a block starts at phase 0
@@ -149,17 +147,26 @@ def generate(
     outputs = [[int(token)] for token in first_token]
     log_probs = [[float(log_prob)] for log_prob in first_log_prob]
     enough = on_block is not None and bool(on_block([list(row) for row in outputs]))
-    blocks: list[Block] = []
+    blocks, passes = list[Block](), list[Round]()
     correction = policy.correct_every
     uncorrected = Uncorrected(first_token, np.zeros((len(lengths), correction or 0), np.int32))
     remaining = max_new_tokens - 1
+    drafting = {"draft": longest, "adapt": draft == "auto"}
+    if lossless:
+        state = begin_rounds(state, jnp.full(len(lengths), remaining, jnp.int32), **drafting)
     while remaining > 0 and not enough and bool(jnp.any(state.active)):
-        limit = min(block, remaining, uncorrected.room or remaining)
-        state, device_block = run_block(
-            model, params, state, jnp.int32(limit), steps=block, stride=stride, coverage=coverage, **static
-        )
-        remaining -= limit
-        done: Block = jax.device_get(device_block)
+        if isinstance(state, LosslessState):  # which counts for itself, row by row
+            rounds = max(1, block // (longest + 1))
+            state, given = run_rounds(model, params, state, rounds=rounds, coverage=coverage, **drafting, **static)
+            passes.append(jax.device_get(given))
+            done = joined(passes[-1])
+        else:
+            limit = min(block, remaining, uncorrected.room or remaining)
+            state, device_block = run_block(
+                model, params, state, jnp.int32(limit), steps=block, stride=stride, coverage=coverage, **static
+            )
+            remaining -= limit
+            done: Block = jax.device_get(device_block)
         blocks.append(done)
         if correction is not None:
             uncorrected.add(np.asarray(done.tokens), np.asarray(done.steps))
@@ -178,9 +185,10 @@ def generate(
         outputs,
         log_probs,
         ["eos" if row[-1] in model.config.eos_ids else "limit" for row in outputs],
-        _telemetry(model, policy, state.decode, lengths, blocks),
+        _telemetry(model, policy, lengths, blocks),
         begun - started,
         decoded - begun,
+        _rounds(len(lengths), passes) if lossless else None,
     )
 
 
@@ -255,7 +263,7 @@ def _start(
     """The first selection, and the first token, which comes from the prefill's logits."""
     token, log_prob = everywhere(sample(sampling, prompts.logits, jax.random.fold_in(key, 0)))
     decode = begin(policy, Prefilled(cache, prompts), implementation=implementation)
-    return LoopState(decode, token, ~_is_eos(model, token), key), (token, log_prob)
+    return LoopState(decode, token, ~is_eos(model, token), key), (token, log_prob)
 
 
 start = jax.jit(_start, static_argnames=("model", "policy", "sampling", "implementation"))
@@ -279,7 +287,7 @@ def _feed(
     tokens, counts = pad(fed, model.config.vocab, 16, argument="fed")  # few lengths, few programs
     decode, logits = feed(model, params, state.decode, tokens, counts, policy=policy, implementation=implementation)
     token, log_prob = everywhere(sample(sampling, logits, jax.random.fold_in(state.key, decode.step)))
-    return LoopState(decode, token, ~_is_eos(model, token), state.key), (token, log_prob)
+    return LoopState(decode, token, ~is_eos(model, token), state.key), (token, log_prob)
 
 
 def _rows(prompts: Sequence[Sequence[int]] | Prefilled) -> int:
@@ -330,7 +338,7 @@ def run_block(
             jax.tree.map(lambda buffer, value: buffer.at[done].set(value), block.trace, trace),
             block.steps + running,
         )
-        active = state.active & ~(running & _is_eos(model, token))
+        active = state.active & ~(running & is_eos(model, token))
         return LoopState(decode, token, active, state.key), block
 
     def scheduled(carry):
@@ -348,25 +356,10 @@ def run_block(
         done, state, _ = carry
         return (done < limit) & jnp.any(state.active)
 
-    carry = (jnp.int32(0), state, _empty_block(model, steps, state.token.shape[0]))
+    carry = (jnp.int32(0), state, empty_block(model, steps, state.token.shape[0]))
     body = scheduled if stride is None else functools.partial(cycle, stride=stride)
     _, state, block = lax.while_loop(unfinished, body, carry)
     return state, everywhere(block)
-
-
-def _empty_block(model: Llama, steps: int, batch: int) -> Block:
-    layers = (steps, model.config.layers, batch)
-    no, nothing = jnp.zeros(layers, bool), jnp.full(layers, jnp.nan)
-    return Block(
-        jnp.zeros((steps, batch), jnp.int32),
-        jnp.zeros((steps, batch)),
-        LayerTrace(no, no, nothing, nothing, jnp.zeros(layers), jnp.zeros(layers), nothing),
-        jnp.zeros(batch, jnp.int32),
-    )
-
-
-def _is_eos(model: Llama, token: Int[Array, " batch"]) -> Bool[Array, " batch"]:
-    return jnp.isin(token, jnp.array(model.config.eos_ids, jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "policy", "implementation"), donate_argnames=("state",))
@@ -409,6 +402,10 @@ def _check_capacity(capacity: int, prompt: int, max_new_tokens: int) -> None:
 def pad(
     prompts: Sequence[Sequence[int]], vocab: int, chunk: int, *, argument: str = "prompts"
 ) -> tuple[Int[np.ndarray, "batch tokens"], Int[np.ndarray, " batch"]]:
+    """Rows of token ids as one array, padded with zeros to a multiple of `chunk`, and their lengths.
+
+    Raises ValueError, naming the `argument`, for no row, an empty one, and an id outside the vocabulary.
+    """
     if not prompts:
         raise ValueError(f"{argument} is empty, expected at least one prompt")
     for row, prompt in enumerate(prompts):
@@ -424,13 +421,24 @@ def pad(
     return tokens, lengths
 
 
-def _telemetry(
-    model: Llama, policy: Policy, state: DecodeState, lengths: Int[np.ndarray, " batch"], blocks: list[Block]
-) -> Telemetry:
-    parts = [_empty_block(model, 0, len(lengths)), *blocks]
+def _telemetry(model: Llama, policy: Policy, lengths: Int[np.ndarray, " batch"], blocks: list[Block]) -> Telemetry:
+    parts = [empty_block(model, 0, len(lengths)), *blocks]
     steps = np.sum([np.asarray(block.steps) for block in parts], axis=0)
     trace = {
         name: np.concatenate([np.asarray(getattr(block.trace, name))[: np.max(block.steps)] for block in parts])
         for name in LayerTrace._fields
     }
     return Telemetry(model.config, policy, jnp.dtype(model.dtype).itemsize, lengths, steps, **trace)
+
+
+def _rounds(batch: int, parts: list[Round]) -> Rounds:
+    """Of the rounds that ran in some row."""
+    none = np.zeros((0, batch), np.int32)
+    ran = [np.any(part.accepted >= 0, axis=1) for part in parts]
+    tallies = (field.name for field in fields(Rounds))
+    return Rounds(
+        **{
+            name: np.concatenate([none, *(getattr(part, name)[rows] for part, rows in zip(parts, ran, strict=True))])
+            for name in tallies
+        }
+    )

@@ -34,12 +34,13 @@ def sample(
             token = jnp.argmax(logits, axis=-1)
         else:
             keys = jax.random.split(key, logits.shape[0])
-            token = jax.vmap(jax.random.categorical)(keys, _limited(sampling, logits / sampling.temperature))
+            token = jax.vmap(jax.random.categorical)(keys, limited(sampling, logits / sampling.temperature))
         chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
         return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _limited(sampling: Sampling, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
+def limited(sampling: Sampling, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
+    """`logits`, already divided by the temperature, with -inf for the tokens that are not drawn from."""
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)

@@ -88,6 +88,53 @@ class Telemetry:
         return total * per_slot / np.maximum(self.steps, 1)
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """What the drafts of a lossless generation came to (`lossless`); -1 in rounds in which a row was idle.
+
+    Steps of the `Telemetry` beside it are tokens: those of a draft that stood read what their draft step did, the last
+    of a round what the verifying pass, the tokens that were refused and the new selection did.
+    """
+
+    drafted: Int[np.ndarray, "rounds batch"]
+    accepted: Int[np.ndarray, "rounds batch"]
+    near_ties: Int[np.ndarray, "rounds batch"]
+
+    def counts(self) -> Int[np.ndarray, " batch"]:
+        """Rounds of each row."""
+        return self._ran().sum(axis=0)
+
+    def mean_accepted(self) -> Float[np.ndarray, " batch"]:
+        """Drafted tokens that stood per round; one more comes from the verifying pass. NaN without rounds."""
+        return _mean_where(self.accepted, self._ran())
+
+    def acceptance(self) -> Float[np.ndarray, " batch"]:
+        """Share of the drafted tokens that stood; NaN where none was drafted."""
+        with np.errstate(invalid="ignore"):
+            return np.where(self._ran(), self.accepted, 0).sum(axis=0) / np.where(self._ran(), self.drafted, 0).sum(
+                axis=0
+            )
+
+    def distribution(self) -> Int[np.ndarray, " accepted"]:
+        """Rounds of all rows in which so many drafted tokens stood: none, one, …"""
+        return np.bincount(self.accepted[self._ran()])
+
+    def near_tie_count(self) -> Int[np.ndarray, " batch"]:
+        """Tokens of a greedy text that rounding may have decided (`acceptance.near_ties`)."""
+        return np.where(self._ran(), self.near_ties, 0).sum(axis=0)
+
+    def ideal_speedup(self, telemetry: Telemetry, weight_bytes: int) -> float:
+        """Bytes of full decoding over bytes of what ran, for the whole batch: `weight_bytes` for every pass through the
+        model, which the rows share, and the KV cache of every row. What it would be if bytes were all that counts."""
+        passes = int(np.sum(1 + self.drafted.max(axis=1, initial=-1)))
+        steps = telemetry.steps
+        full = steps.max(initial=0) * weight_bytes + np.sum(telemetry.dense_kv_bytes_per_token() * steps)
+        return float(full / (passes * weight_bytes + np.sum(telemetry.kv_bytes_per_token() * steps)))
+
+    def _ran(self) -> Bool[np.ndarray, "rounds batch"]:
+        return self.accepted >= 0
+
+
 def _mean_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         return np.where(where, values, 0).sum(axis=0) / where.sum(axis=0)

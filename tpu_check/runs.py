@@ -72,7 +72,7 @@ def _verify(program: Program, chip: Chip) -> Runs:
     cache = jax.eval_shape(lambda: empty_cache("token_major", **sizes, head_dim=config.head_dim, dtype=DTYPE))
     queries = arrange(cache, config.query_heads, STEPS)
     tokens = block_tokens(cache, queries)
-    kept = kept_blocks(cache, queries, config.kv_heads, DTYPE, tokens, chip.vmem)
+    kept = kept_blocks(cache, queries, config.kv_heads, jnp.dtype(DTYPE), tokens, chip.vmem)
     batch, pairs = program.batch, (TOKENS // tokens - kept + 2) // 2
     return (batch, batch * kept, *((batch * pairs, 0, batch) if kept < TOKENS // tokens else ()))
 

@@ -18,6 +18,7 @@ from recycled_jax.commands.results import FIELDS, Results
 from recycled_jax.commands.streaming import Streamer
 from recycled_jax.config import LlamaConfig
 from recycled_jax.decode import Params
+from recycled_jax.drafting import DraftLength, check_draft_length, check_drafter
 from recycled_jax.flags import PolicyChoice, PrefillChoice
 from recycled_jax.generate import Generation
 from recycled_jax.generate import generate as decode_prompts
@@ -42,6 +43,8 @@ def generate(
     out: Path | None = None,
     policy: PolicyChoice = PolicyChoice(),  # noqa: B008 (frozen)
     prefill: PrefillChoice = PrefillChoice(),  # noqa: B008
+    lossless: bool = False,
+    draft: DraftLength = 8,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -70,6 +73,8 @@ def generate(
             number for apple?" --answer-prefix "The magic number for apple is ".
         prompts: JSON Lines, on each line an object with prompt, or with context and question (and answer_prefix).
         out: JSON Lines file for the results.
+        lossless: The policy only drafts tokens, which passes with full attention verify: the text is the full model's.
+        draft: With --lossless, most tokens between two such passes, or auto, which adapts to how many stand.
         max_new_tokens: Most tokens to generate for a prompt.
         temperature: 0 is greedy.
         top_k: Sample from this many likeliest tokens.
@@ -88,15 +93,19 @@ def generate(
             raise ValueError(f"{name}={value} must be at least 1")
     if not 0 <= seed < 2**31:
         raise ValueError(f"seed={seed} must be between 0 and 2**31 - 1")
+    check_draft_length(draft)
     sampling = Sampling(temperature, top_k, top_p)
     chosen = make_policy(policy.name, **policy.knobs)
     if prefill.name != "policy":
         chosen = replace(chosen, prefill=make_prefill(prefill.name, **prefill.knobs))
+    if lossless:
+        check_drafter(chosen, chosen.prefill)
     items = _read_prompts(prompt_file, question, answer_prefix, prompts, out)
     checkpoint = Checkpoint.find(model)
     load = partial(checkpoint.load, dtype, None if mesh is None else _find_mesh(mesh, checkpoint.config))
     rows = _encode(checkpoint, items, max_new_tokens, capacity)
     settings = {"policy": chosen, "max_new_tokens": max_new_tokens, "sampling": sampling, "cache_dtype": cache_dtype}
+    settings |= {"lossless": lossless, "draft": draft}
     if out is None:
         _stream(checkpoint, load, rows[0], {**settings, "seed": seed, "capacity": capacity})
         return
@@ -107,6 +116,7 @@ def generate(
         "dtype": dtype,
         # only where given, so that runs of before can be taken up
         **({} if cache_dtype is None else {"cache_dtype": cache_dtype}),
+        **({"lossless": lossless, "draft": draft} if lossless else {}),
         "policy": {"name": policy.name, **policy.knobs},
         "prefill": {"name": prefill.name, **prefill.knobs},
         "max_new_tokens": max_new_tokens,
@@ -200,10 +210,16 @@ def _figures(done: Generation, tokens_per_second: float | None) -> str:
         speed = f"{tokens_per_second:.1f} tokens/s after the first {STREAM_BLOCK + 1}"
     stride = _effective_stride(done, 0)
     read, dense = telemetry.kv_bytes_per_token()[0], telemetry.dense_kv_bytes_per_token()[0]
+    drafts = ""
+    if done.rounds is not None:
+        drafts = (
+            f"; full passes: {done.rounds.counts()[0]}, drafted tokens that stood in each: "
+            f"{done.rounds.mean_accepted()[0]:.1f}, near-ties: {done.rounds.near_tie_count()[0]}"
+        )
     return (
         f"{tokens} tokens ({done.stop[0]}); prompt of {telemetry.prompt_lengths[0]} tokens read in "
         f"{done.prefill_seconds:.1f} s; {speed}; effective stride {'none' if stride is None else f'{stride:.1f}'}; "
-        f"KV read per token {read / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB"
+        f"KV read per token {read / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB{drafts}"
     )
 
 

@@ -6,6 +6,7 @@ slots, and only copy their own keys and values.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -137,34 +138,50 @@ class Recycling(Method):
 
     def begin(self, prefilled, *, implementation):
         cache, prompts = prefilled.cache, prefilled.prompts
-        shape = (cache.batch, cache.kv_heads, self.selector.entries)
-        selection = Selection(
-            jnp.full((cache.layers, *shape), -1, jnp.int32), cache.empty_like(capacity=self.selector.entries)
-        )
+        shape = (cache.layers, cache.batch, cache.kv_heads, self.selector.entries)
+        nothing = Selection(jnp.full(shape, -1, jnp.int32), cache.empty_like(capacity=self.selector.entries))
         scorer = self.scorer.begin(prefilled, implementation=implementation)
-        nowhere = jnp.zeros((), jnp.int32)
-        active = jnp.ones(prompts.lengths.shape, bool)
-
-        def select_in_layer(layer, carry, role: Role):
-            selection, positions = carry
-            here = Here(jnp.asarray(layer), prompts.lengths, nowhere, active, implementation=implementation)
-            if role == "select":
-                scores = self.scorer.score_prompt(prefilled, scorer, here)
-                positions = self._select(scores, here, cache.kv_heads)
-            compact = gather_selection(cache, positions, selection.compact, **here.to_op)
-            return Selection(selection.positions.at[layer].set(positions), compact), positions
-
-        carry = selection, jnp.full(shape, -1, jnp.int32)
-        for role, run in self.runs(cache.layers):
-            if role != "dense":
-                carry = lax.fori_loop(run.start, run.stop, functools.partial(select_in_layer, role=role), carry)
+        selection = self.select_all(
+            nothing,
+            cache,
+            prompts.lengths,
+            lambda here: self.scorer.score_prompt(prefilled, scorer, here),
+            implementation=implementation,
+        )
         window = prompts.seen(LastQueries(1))
         memory = RefreshMemory(
-            query=self._mean_query(window.bare_q[..., -1, :], window.q[..., -1, :]),
+            query=self.mean_query(window.bare_q[..., -1, :], window.q[..., -1, :]),
             steps_since=jnp.zeros((cache.layers, cache.batch), jnp.int32),
         )
-        selection = Selection(carry[0].positions, for_decoding(carry[0].compact))
+        selection = Selection(selection.positions, for_decoding(selection.compact))
         return RecyclingState(selection, memory, scorer)
+
+    def select_all(
+        self,
+        selection: Selection,
+        cache: KVCache,
+        lengths: Int[Array, " batch"],
+        score: Callable[[Here], Float[Array, "batch heads capacity"]],
+        *,
+        implementation: str | None,
+    ) -> Selection:
+        """A new selection in every layer and row, in the place of `selection`: by `score` in the layers that select,
+        taken over from them in those that follow."""
+        nowhere, active = jnp.zeros((), jnp.int32), jnp.ones(lengths.shape, bool)
+
+        def select_in_layer(carry, layer, role: Role):
+            selection, positions = carry
+            here = Here(layer, lengths, nowhere, active, implementation=implementation)
+            if role == "select":
+                positions = self._select(score(here), here, cache.kv_heads)
+            compact = gather_selection(cache, positions, selection.compact, **here.to_op)
+            return (Selection(selection.positions.at[layer].set(positions), compact), positions), None
+
+        carry = selection, jnp.full(selection.positions.shape[1:], -1, jnp.int32)
+        for role, run in self.runs(cache.layers):
+            if role != "dense":
+                carry, _ = through(functools.partial(select_in_layer, role=role), carry, run, cache)
+        return carry[0]
 
     def corrected(self, state, cache, *, implementation):
         positions = state.selection.positions
@@ -181,7 +198,7 @@ class Recycling(Method):
 
     def attend(self, role, token, cache, state, handed, here):
         layer, memory = here.layer, state.memory
-        query = self._mean_query(token.bare_q, token.q)
+        query = self.mean_query(token.bare_q, token.q)
         since = memory.steps_since[layer]
         similarity = _cosine(query, memory.query[layer])
         scorer = state.scorer
@@ -276,7 +293,7 @@ class Recycling(Method):
         positions = self.selector.select(scores, here.lengths, implementation=here.implementation)
         return jnp.broadcast_to(positions, (positions.shape[0], kv_heads, positions.shape[2]))
 
-    def _mean_query(
+    def mean_query(
         self, bare_q: Float[Array, "*shape query_heads head_dim"], q: Float[Array, "*shape query_heads head_dim"]
     ) -> Float[Array, "*shape head_dim"]:
         """The query that schedules compare: mean over heads, float32."""

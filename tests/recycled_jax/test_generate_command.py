@@ -122,6 +122,18 @@ class TestResults:
         assert run(policy=["--policy", "streaming", "--policy.k", "8"]) == 0
         assert {row["effective_stride"] for row in read_rows(tmp_path / "out.jsonl")} == {None}
 
+    def test_lossless_gives_the_answers_of_full_attention(self, run, tmp_path):
+        lossless = ["--policy", "streaming", "--policy.k", "8", "--lossless", "--draft", "3"]
+        assert run(policy=lossless, out="lossless.jsonl") == run(policy=["--policy", "full"]) == 0
+        ours, full = (read_rows(tmp_path / out) for out in ("lossless.jsonl", "out.jsonl"))
+        assert [row["text"] for row in ours] == [row["text"] for row in full]
+        assert ours[0]["policy"]["name"] == "streaming"
+
+    def test_lossless_needs_the_whole_cache(self, run, tmp_path, capsys):
+        assert run("--lossless", policy=["--policy", "streaming", "--policy.keep-cache", "false"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / "out.jsonl").exists()
+
     def test_a_mesh_gives_the_same_answers(self, run, tmp_path):
         assert run() == run("--mesh", "{data: 2, tensor: 2, sequence: 2}", out="mesh.jsonl") == 0
         ours, alone = (read_rows(tmp_path / out) for out in ("mesh.jsonl", "out.jsonl"))
