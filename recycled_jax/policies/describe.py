@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,51 @@ from recycled_jax.policies.registry import POLICIES, make_policy
 from recycled_jax.prefill.registry import PREFILLS
 
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+# What a policy does, and the policies that do it: the first table of the page.
+FAMILIES = {
+    "recycles selections over steps, layers, both; per head from chunks": (
+        "recycled",
+        "recycled-dynamic",
+        "recycled-v1",
+        "tidal",
+        "recycled-tidal",
+        "long-heads",
+    ),
+    "evicts: memory falls too (`keep_cache: false`)": ("streaming", "h2o", "snapkv", "tova"),
+    "selects at every step, or nearly": (
+        "quest",
+        "double-sparse",
+        "token-select",
+        "tactic",
+        "squeezed",
+        "infllm",
+        "act-qkv",
+        "attention-predictor",
+        "less-is-more",
+    ),
+    "is for models trained with it (`model.cca` of `python -m train`)": ("cca",),
+    "is a reference": ("full", "top-k", "top-p", "stale-top-k", "random"),
+    "puts any scorer, selector and schedule together": ("composed",),
+}
 _HEAD = """# Policies
 
 Made by `recycled policies --out docs/policies.md`; do not edit.
 
-A policy is a scorer (what is relevant?), a selector (which slots?) and a schedule (when, and at which layer?). The
-table shows every policy with its knobs at their defaults: name, axes, what it changes, and the paper.
-`recycled policies NAME` explains one. `composed` puts any scorer together with any selector and schedule:
+A policy is a scorer (what is relevant?), a selector (which slots?) and a schedule (when, and at which layer?). Each is
+tested against an oracle in plain numpy, written from its paper. `recycled policies NAME` explains one.
+[What each policy loses](policies_quality.md) has what each costs the embedded model,
+[Adding a policy](adding_a_policy.md) how to add one, in a file and a line.
+
+"""
+_AXES = """
+With `recycled`, new tokens displace the weakest of the selection between two refreshes. A refresh attends the whole
+cache (`refresh: full`) or only the new selection (`refresh: selection`, which reads no other values). Rows of a batch
+have their own lengths and decide for themselves (`rows: per_row`); decoded greedily, a row gives what it gives alone.
+
+# Their axes
+
+Every policy with its knobs at their defaults: name, axes, what it changes, and the paper. `composed` puts any scorer
+together with any selector and schedule:
 
 ```yaml
 policy:
@@ -95,14 +133,25 @@ COLUMNS = ("policy", "scorer", "selector", "schedule", "changes", "paper")
 def markdown() -> str:
     """docs/policies.md."""
     every = [describe(name) for name in POLICIES]
-    table = [COLUMNS, ("---",) * len(COLUMNS), *(cells(description) for description in every)]
-    parts = [_HEAD + "".join(f"| {' | '.join(line)} |\n" for line in table)]
+    head = _HEAD + _table(("a policy that", "names"), _families()) + _AXES
+    parts = [head + _table(COLUMNS, [cells(description) for description in every])]
     for description in every:
         parts.append(_section(description.name, description.text, description.knobs))
     parts.append(_PREFILL)
     for name, factory in PREFILLS.items():
         parts.append(_section(f"prefill: {name}", text_of(factory), knobs_of("prefill", PREFILLS, name)))
     return "\n".join(parts)
+
+
+def _families() -> list[tuple[str, str]]:
+    """Rows of the first table, each name a link to its section; the last row has the ways to read prompts."""
+    rows = [(does, ", ".join(f"[`{name}`](#{name})" for name in names)) for does, names in FAMILIES.items()]
+    ways = ", ".join(f"[`{name}`](#prefill-{name})" for name in PREFILLS)
+    return [*rows, ("reads prompts in one of these ways (`--prefill`)", ways)]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *rows))
 
 
 def _section(title: str, text: str, knobs: Mapping[str, tuple[Any, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The figures of README's tables are those of results files in the repository, which say where they come from."""
+"""The figures of the pages' tables are those of results files in the repository, which say where they come from."""
 
 import json
 import shlex
@@ -15,7 +15,7 @@ from recycled_jax.weights import parameter_count
 from tests.docs.pages import ROOT, blocks, tables
 
 DOCS = ROOT / "docs"
-README = ROOT / "README.md"
+README, SPEED = ROOT / "README.md", DOCS / "speed.md"
 RESULTS = sorted([*DOCS.glob("*.json"), *DOCS.glob("*.jsonl")])
 # Scores alone are in the file; the page beside it names command, versions and machine.
 TOLD_BY_THEIR_PAGE = ("continued_pretraining.json",)
@@ -26,9 +26,9 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)]
 
 
-def table(first: str) -> list[dict[str, str]]:
-    """The rows of README's table whose second column begins with `first`, by their header."""
-    [(header, *rows)] = [found for found in tables(README) if found[0][1].startswith(first)]
+def table(page: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows, by their header, of the page's table that has these columns beside its first."""
+    [(header, *rows)] = [found for found in tables(page) if found[0][1:] == [*columns]]
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
@@ -44,28 +44,29 @@ def test_retrieval():
     }
     shown = {
         (row["policy"].strip("`"), column): number(cell)
-        for row in table("single 4K")
+        for row in table(README, "single 4K", "multikey 4K", "single 8K", "multikey 8K")
         for column, cell in row.items()
         if column != "policy"
     }
     assert shown == {key: round(score) for key, score in scores.items()}
 
 
-def test_speed():
-    """`full` and its floor are those measured around transformers: all of a row is of one process."""
+def speeds() -> dict[int, dict[str, Any]]:
+    """Milliseconds by context and column. `full` and its floor are those measured around transformers: all figures of a
+    context are of one process."""
     found = records(DOCS / "bench_cpu.jsonl")
 
     def record(length: int, **policy: Any) -> dict[str, Any]:
         [one] = [r for r in found if r["length"] == length and policy.items() <= r["policy"].items()]
         return one
 
-    for row in table("transformers"):
-        peer = record(number(row["context"]), name="hf")
-        ours = record(number(row["context"]), name="recycled", refresh="full")
+    measured = {}
+    for length in {record["length"] for record in found}:
+        peer, ours = record(length, name="hf"), record(length, name="recycled", refresh="full")
         assert peer["command"] == ours["command"]
         assert (ours["policy"]["k"], ours["policy"]["stride"]) == (2048, 10)
         assert peer["decode_ms_per_step"]["p50"] == min(peer["peer"]["decode_ms_per_step"].values())
-        expected = {
+        measured[length] = {
             "transformers, fastest": peer["decode_ms_per_step"]["p50"],
             "`full`": peer["dense"]["decode_ms_per_step"]["p50"],
             "`recycled`, mean": ours["decode_ms_per_step"]["p50"],
@@ -74,20 +75,58 @@ def test_speed():
             "floor of `full`": peer["floor_ms"],
             "of `recycled`": ours["floor_ms"],
         }
-        shown = {column: number(cell) for column, cell in row.items() if column != "context"}
-        assert shown == {column: round(value) for column, value in expected.items()}
-    assert {number(row["context"]) for row in table("transformers")} == {record["length"] for record in found}
+    return measured
+
+
+def shown(rows: list[dict[str, str]]) -> dict[int, dict[str, int]]:
+    return {number(row["context"]): {key: number(row[key]) for key in row if key != "context"} for row in rows}
+
+
+def test_speed():
+    expected = {length: {key: round(ms) for key, ms in row.items()} for length, row in speeds().items()}
+    assert shown(table(SPEED, *expected[4096])) == expected
+
+
+def test_speed_in_the_readme():
+    measured = {
+        length: {
+            "`full`": round(row["`full`"]),
+            "`recycled`": round(row["`recycled`, mean"]),
+            "transformers, fastest": round(row["transformers, fastest"]),
+        }
+        for length, row in speeds().items()
+    }
+    assert shown(table(README, *measured[4096])) == measured
+
+
+def test_what_is_said_of_speed():
+    found, longest = records(DOCS / "bench_cpu.jsonl"), speeds()[32768]
+    [score_only] = [record for record in found if record["policy"].get("refresh") == "selection"]
+    step, peer = score_only["decode_ms_per_step"]["p50"], longest["transformers, fastest"]
+    drifts = sorted(round(100 * record["dense"]["drift"]) for record in found)
+    said = " ".join(SPEED.read_text(encoding="utf-8").split())
+    for sentence in (
+        f"`full` is {peer / longest['`full`']:.1f} times as fast as transformers' fastest setting",
+        f"`recycled` {peer / longest['`recycled`, mean']:.1f} times;",
+        f"a mean step takes {step:.0f} ms, {peer / step:.1f} times.",
+        f"differ by {100 * score_only['dense']['drift']:.0f} %,",
+        f"at 16,384 by {drifts[-1]} %, elsewhere by at most {drifts[-3]} %.",
+    ):
+        assert sentence in said
 
 
 def test_sizes_of_the_models():
-    said = README.read_text(encoding="utf-8")
     embedded, size = LlamaConfig.from_hf(EMBEDDED), sum(path.stat().st_size for path in EMBEDDED.glob("*.safetensors"))
-    assert f"{parameter_count(embedded) / 1e6:.1f} M parameters (a Qwen2 of 4 layers, {size / 1e6:.1f} MB)" in said
+    assert (
+        f"{parameter_count(embedded) / 1e6:.1f} M parameters (a Qwen2 of 4 layers, {size / 1e6:.1f} MB)"
+        in README.read_text()
+    )
     config = parse_config(
         BenchConfig, ["--config", str(ROOT / "configs/eval/bench_cpu.yaml")], prog="eval", description=""
     )
     assert isinstance(config.model, RandomModel)
-    assert f"a random Llama of {parameter_count(config.model.random.config) / 1e6:.0f} M parameters" in said
+    random = f"random Llama of {parameter_count(config.model.random.config) / 1e6:.0f} M parameters"
+    assert random in README.read_text() and random in SPEED.read_text()
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
@@ -133,6 +172,9 @@ def test_what_is_said_of_the_papers():
         f"`recycled-dynamic` gets {chain('recycled-dynamic')} on `chain`",
     ):
         assert said in page
+    chains = {(row[0], row[1]): row[header.index("chain (100)")] for row in rows}
+    falls = f"falls from {chains['full', '4096']} to {chains['recycled', '256']}, with 25 as its floor."
+    assert falls in " ".join(README.read_text(encoding="utf-8").split())
     long = [record for record in records(DOCS / "bench_cpu.jsonl") if record["length"] == 32768]
     [ours] = [record for record in long if record["policy"].get("refresh") == "full"]
     [peer] = [record for record in long if record["policy"]["name"] == "hf"]

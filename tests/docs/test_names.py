@@ -51,17 +51,38 @@ def test_files_in_the_text_exist(page):
     assert [str(code) + " " + code.text for code in ours if not (ROOT / code.text).exists()] == []
 
 
-def test_readme_names_every_policy_and_no_other():
-    [table] = [found for found in tables(ROOT / "README.md") if found[0] == ["", "policies"]]
-    rows = [re.findall(r"`([^`]+)`", row[1]) for row in table[1:]]
-    [ways_to_read] = [row for row in rows if row[0].startswith("--prefill ")]
-    assert {"dense", *(way.removeprefix("--prefill ") for way in ways_to_read)} == set(PREFILLS)
-    assert sorted(policy for row in rows if row is not ways_to_read for policy in row) == sorted(POLICIES)
+def test_the_page_of_policies_names_every_one_and_no_other():
+    [table] = [found for found in tables(ROOT / "docs" / "policies.md") if found[0] == ["a policy that", "names"]]
+    *families, ways_to_read = [re.findall(r"`([^`]+)`", row[1]) for row in table[1:]]
+    assert ways_to_read == list(PREFILLS)
+    assert sorted(policy for row in families for policy in row) == sorted(POLICIES)
 
 
-def test_readme_counts_the_policies():
-    words = {26: "Twenty-six", 27: "Twenty-seven", 28: "Twenty-eight", 29: "Twenty-nine", 30: "Thirty"}
-    assert f"{words[len(POLICIES)]} policies" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_readme_names_policies_that_exist_and_how_many():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [(count, listed)] = re.findall(
+        r"^- \[(\d+) policies\]\(docs/policies\.md\)(.*?)(?=^- )", readme, re.DOTALL | re.MULTILINE
+    )
+    assert int(count) == len(POLICIES)
+    named = re.findall(r"`([^`]+)`", listed)
+    assert named and set(named) <= set(POLICIES)
+
+
+def test_the_maps_show_what_is_there():
+    """Folders in the README; in CONTRIBUTING.md the modules of each package, whose folders are all named."""
+    [shown] = re.findall(r"## The map\n\n```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    folders = re.findall(r"(\w+)/ ", shown)
+    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+    packages = [found for found in tables(ROOT / "CONTRIBUTING.md") if found[0][0].endswith("/`")]
+    for (package, _), *rows in packages:
+        folder = ROOT / package.strip("`/")
+        assert folder.name in folders
+        named = {module for row in rows for module in re.findall(r"`([^`]+)`", row[0])}
+        there = {path.stem: path.is_dir() for path in folder.iterdir() if path.is_dir() or path.suffix == ".py"}
+        assert named <= set(there), f"{named - set(there)} of {package} do not exist"
+        inner = {name for name, is_folder in there.items() if is_folder and name != "__pycache__"}
+        assert inner <= named, f"{inner - named} of {package} are not in the map"
+    assert len(packages) == 5
 
 
 def test_evaluation_names_every_task_and_no_other():

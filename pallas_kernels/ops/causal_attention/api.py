@@ -29,7 +29,9 @@ def causal_attention(
     JAX's splash attention, which when differentiated writes 512 bytes per token and query head beside its output.
 
     Args:
-        q, k, v: the whole sequence.
+        q: queries of the whole sequence.
+        k: its keys.
+        v: its values.
         scale: factor on the logits; `head_dim ** -0.5` if None.
         implementation: see the package.
 
