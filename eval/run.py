@@ -62,6 +62,7 @@ def evaluate(config: EvalConfig) -> int:
             entry = {**told(), "processes": jax.process_count(), "batch": config.batch}
             for run in runs:
                 run.folder.add_invocation(entry)
+            print(f"results in {config.out}; as a table: python -m eval compare {config.out}/*")
         wait("figures")  # a process that ended early would count as dead
     return 0 if complete else 1
 

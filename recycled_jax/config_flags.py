@@ -28,6 +28,9 @@ def parse_config[C](
         values: dict[str, Any] = vars(parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:
         unknown = re.search(r"(?:Group '([\w.]+)'.*)?(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", str(error))
+        missing = re.search(r"^Parser key \"config\": File does not exist: (.*)$", str(error))
+        if missing is not None:
+            raise ValueError(f"config={missing[1]} does not exist") from error
         if unknown is None:
             raise ValueError(str(error)) from error
         keys = [*parser.get_defaults().keys(), *(field.name for kind in inner for field in fields(kind))]

@@ -33,7 +33,8 @@ def operations() -> Iterator[Program]:
     yield Program("select_tokens", "8B", 1, "shared by vote", _select(shared="sum"))
     for model in ("8B", "1B"):
         yield Program("decode_attention", model, 1, "with scores", _decode_attention_with_scores)
-        yield Program("verify_attention", model, 1, f"{STEPS} steps", _verify_attention, _STREAMING)
+        steps = f"{STEPS} steps"
+        yield Program("verify_attention", model, 1, steps, _verify_attention, _STREAMING, short=model == "8B")
         yield Program("gather_attention", model, 1, "per head", _gather(None))
         yield Program("gather_selection", model, 1, "per head", _gather_selection, short=model == "8B")
         yield Program("page_scores", model, 1, f"pages of {_PAGE}", _page_scores)

@@ -1,7 +1,7 @@
 """`python -m train --config configs/train/NAME.yaml [--stages … --data.texts …]`: one training run.
 
 Exit status: 0 done, or stopped by SIGTERM with a checkpoint; 2 bad input, or a loss that is not finite step after
-step, with one line on standard error.
+step, with one line on standard error; 130 interrupted, without a checkpoint of that moment.
 """
 
 import sys
@@ -15,6 +15,9 @@ from train.loop import train
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         exported = train(parse(argv))
+    except KeyboardInterrupt:
+        print("train: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     except (ValueError, OSError, FloatingPointError) as error:
         said = " ".join([str(error), *getattr(error, "__notes__", ())])
         print(f"train: {' '.join(said.split())}", file=sys.stderr)

@@ -87,7 +87,10 @@ nav { font-size: .9rem; } a { color: #0b5a94; text-decoration: none; } a:hover {
 .note, figcaption { color: #555; font-size: .86rem; max-width: 60rem; margin: .35rem 0; }
 ul.note { padding-left: 1.2rem; }
 .failure { color: #8a1c00; background: #fff3ee; padding: .4rem .7rem; border-left: 3px solid #d55e00; }
-.scroll { overflow-x: auto; border-bottom: 1px solid #ccc; }
+/* a shadow where columns lie outside on the right, covered by white that scrolls along with the last of them */
+.scroll { overflow-x: auto; border-bottom: 1px solid #ccc;
+  background: linear-gradient(to right, #fff0, #fff) right / 60px 100% no-repeat local,
+    linear-gradient(to left, #0005, #0000) right / 16px 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .6rem; text-align: right; white-space: nowrap; font-weight: normal; }
 thead th { color: #555; border-bottom: 1px solid #ccc; vertical-align: bottom; }

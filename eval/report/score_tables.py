@@ -28,8 +28,9 @@ SCORE_NOTES = (
     f"score in percent of it; below a dense score of {LEAST_CEILING} there is none. Differences and ratios are paired "
     "by example. With 100 examples and a score of 90 the interval reaches about 6 points to each side.",
     "Decode time is of a step of the whole batch, prefill time of a batch, both of the scored runs; a ratio above 1 is "
-    "faster than dense, and there is none where device, batch or mode differ. Bytes per step: weights and what the "
-    "batch reads of its KV caches. Floor and MBU come from the bench at this length and batch, on the same device.",
+    "faster than dense, and there is none where device, batch or mode differ. A cell whose batches all had to compile "
+    "has no times: give it examples for two batches. Bytes per step: weights and what the batch reads of its KV "
+    "caches. Floor and MBU come from the bench at this length and batch, on the same device.",
     "The stride is the mean over layers that refresh, and its range. A first answer token comes from prefill: few "
     "policy steps test little.",
 )

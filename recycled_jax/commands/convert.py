@@ -1,16 +1,19 @@
 """`recycled convert`: Hugging Face format to orbax and back."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Literal
 
 import jax
+import numpy as np
 
 from recycled_jax.checkpoint import load_model
 from recycled_jax.folders import staged
 from recycled_jax.hf import find_checkpoint, save_hf
 from recycled_jax.orbax_io import PARAMS, is_orbax, save_orbax
 from recycled_jax.safetensors_io import INDEX
+from recycled_jax.weights import parameter_count
 
 # What a checkpoint carries beside config and weights, copied as it is.
 COMPANIONS = (
@@ -52,6 +55,8 @@ def convert(
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out={str(out)!r} exists and is not empty; name a new folder or give --overwrite")
     folder = find_checkpoint(source)
+    form = "Hugging Face" if is_orbax(folder) else "orbax"
+    print(f"converting {folder} to {form} …", file=sys.stderr)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         model, params = load_model(folder, dtype=dtype)
         with staged(out, replaces=("model*.safetensors", INDEX, PARAMS)) as partial:
@@ -62,3 +67,4 @@ def convert(
             for name in COMPANIONS:
                 if (folder / name).exists():
                     shutil.copyfile(folder / name, partial / name)
+    print(f"wrote {out}: {parameter_count(model.config):,} parameters in {np.dtype(model.param_dtype)}")

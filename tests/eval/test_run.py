@@ -142,6 +142,7 @@ def test_a_failed_cell_does_not_stop_the_others(finished, model, tmp_path, monke
     assert "lacks" not in compare(sorted(tmp_path.iterdir()), form="md")  # of what is there
     assert json.loads(error.read_text())["error"] == "RuntimeError: the chip is on fire"
     assert main(command) == 0
+    assert capsys.readouterr().out.endswith(f"results in {tmp_path}; as a table: python -m eval compare {tmp_path}/*\n")
     assert not error.exists() and contents(tmp_path) == contents(finished, task="single")
 
 

@@ -44,6 +44,16 @@ def test_carries_the_other_files(source, tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_says_what_it_wrote(source, tmp_path, capsys):
+    convert(source, tmp_path / "orbax")
+    count = sum(tensor.size for tensor in load_file(source / "model.safetensors").values())
+    printed = capsys.readouterr()
+    assert printed.err == f"converting {source} to orbax …\n"
+    assert printed.out == f"wrote {tmp_path / 'orbax'}: {count:,} parameters in bfloat16\n"
+    convert(tmp_path / "orbax", tmp_path / "back")
+    assert capsys.readouterr().err == f"converting {tmp_path / 'orbax'} to Hugging Face …\n"
+
+
 def test_dtype(source, tmp_path):
     convert(source, tmp_path / "orbax", dtype="float32")
     model, _ = load_orbax(tmp_path / "orbax", dtype=None)

@@ -33,6 +33,13 @@ def test_splits_numbers_as_its_file_says_whatever_the_model_type(tmp_path):
 
 def test_folder_without_a_tokenizer(tmp_path):
     folder = families.write_checkpoint(tmp_path / "llama", "llama_2")
+    with pytest.raises(ValueError, match=r"llama has no tokenizer; copy the tokenizer\.json of its model there"):
+        load_tokenizer(folder)
+
+
+def test_a_file_that_is_none(tmp_path):
+    folder = families.write_checkpoint(tmp_path / "llama", "llama_2")
+    (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="llama has no tokenizer that transformers can load") as raised:
         load_tokenizer(folder)
     assert "\n" not in str(raised.value)

@@ -57,6 +57,22 @@ def test_shipped_configs_are_valid():
         assert command.parse(["--config", str(path)]).steps > 0
 
 
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train", interrupted)
+    assert command.main([]) == 130
+    said = "train: interrupted; the same command goes on from the newest checkpoint\n"
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_config_that_is_not_there(capsys):
+    assert command.main(["--config", "nowhere.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("train: config='") and said.endswith("nowhere.yaml' does not exist\n")
+
+
 def test_no_arguments_is_the_default():
     assert command.parse([]) == TrainConfig()
 
