@@ -56,6 +56,7 @@ $(STAMP): pyproject.toml constraints.txt .python-version
 	  { echo "recycled-jax needs Python 3.12 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
 	         "install one and name it: make PYTHON=python3.12 install" >&2; exit 1; }
 	$(PYTHON) -m venv $$($(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || echo --clear) $(VENV)
+	@echo "installing into $(VENV): some minutes, 4 GB" >&2
 	$(RUN) pip install --quiet --constraint constraints.txt setuptools
 	$(RUN) pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,train,eval,docs]'
 	@touch $@

@@ -147,9 +147,10 @@ def _add_choice_flags(
     text = f"{purpose}: --{kind} NAME for short, one of {', '.join(choice.factories())}; the flags below are its knobs."
     parser.add_argument(f"--{kind}.name", type=str, default=name, help=text)
     flags = {f"{kind}.name": f"--{kind}.name"}
+    told = f"Knob of {name!r}" + (f", which `recycled policies {name}` explains" if kind == "policy" else "")
     for knob, (hint, default) in knobs.items():
         flags[f"{kind}.{knob}"] = f"--{kind}.{knob.replace('_', '-')}"
-        parser.add_argument(flags[f"{kind}.{knob}"], type=hint, default=default, help=f"Knob of {name!r}")
+        parser.add_argument(flags[f"{kind}.{knob}"], type=hint, default=default, help=told)
     return flags
 
 
